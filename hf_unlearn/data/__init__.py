@@ -1,0 +1,68 @@
+"""Datasets: formats, tokenisation, the pairing of forget and retain rows, and their collation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .collator import UnlearningCollator, pad_rows
+    from .formats import ACCEPTED_FORMATS, DatasetFormat, detect_format
+    from .paired import EpochSampler, PairedDataset
+    from .paired_stream import PairedIterableDataset
+    from .pairing import Cycle, Pairing
+    from .prepare import prepare_dataset
+    from .refusals import REFUSALS
+    from .tofu import TOFU_HUB_ID, TOFU_SPLITS, load_tofu
+    from .tokenize import tokenize_example, tokenize_prompt
+
+# Lazy, so that `import hf_unlearn.data` costs nothing until a name is used.
+_OWNERS = {
+    "ACCEPTED_FORMATS": "formats",
+    "Cycle": "pairing",
+    "DatasetFormat": "formats",
+    "EpochSampler": "paired",
+    "PairedDataset": "paired",
+    "PairedIterableDataset": "paired_stream",
+    "Pairing": "pairing",
+    "REFUSALS": "refusals",
+    "TOFU_HUB_ID": "tofu",
+    "TOFU_SPLITS": "tofu",
+    "UnlearningCollator": "collator",
+    "detect_format": "formats",
+    "load_tofu": "tofu",
+    "pad_rows": "collator",
+    "prepare_dataset": "prepare",
+    "tokenize_example": "tokenize",
+    "tokenize_prompt": "tokenize",
+}
+
+__all__ = [
+    "ACCEPTED_FORMATS",
+    "REFUSALS",
+    "TOFU_HUB_ID",
+    "TOFU_SPLITS",
+    "Cycle",
+    "DatasetFormat",
+    "EpochSampler",
+    "PairedDataset",
+    "PairedIterableDataset",
+    "Pairing",
+    "UnlearningCollator",
+    "detect_format",
+    "load_tofu",
+    "pad_rows",
+    "prepare_dataset",
+    "tokenize_example",
+    "tokenize_prompt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_OWNERS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

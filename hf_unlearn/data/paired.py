@@ -1,0 +1,131 @@
+"""Map-style dataset of (forget row, retain rows), and the sampler that orders it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from .pairing import FORGET, Pairing, permutation
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A sized collection of rows: a `datasets.Dataset`, a list of dicts, a torch map-style dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class EpochState:
+    """
+    The epoch, in shared memory: persistent DataLoader workers are forked once and still see the current value.
+    """
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def get(self) -> int:
+        """The current epoch."""
+        return int(self._value)
+
+    def set(self, epoch: int) -> None:
+        """Sets the epoch, in every process that shares this object."""
+        self._value.fill_(int(epoch))
+
+
+class PairedDataset(Dataset):
+    """
+    A forget row together with a row of each retain set.
+
+    Item `i` is `{"forget": {"input_ids", "labels", ..., "index"}, "retain": {name: {"input_ids", "labels"}}}`, where
+    `index` is the row's number in the forget set (the key of anything cached per forget row).
+
+    Args:
+        forget (`Rows`):
+            Prepared rows to forget.
+        retain (`Mapping[str, Rows]`):
+            Prepared rows to keep, by name. May be empty.
+        pairing ([`Pairing`]):
+            Its `sizes` must be those of the sets given here.
+
+    Raises:
+        ValueError: a retain set is called "forget", or the sizes are not the pairing's.
+    """
+
+    def __init__(self, forget: Rows, retain: Mapping[str, Rows], pairing: Pairing) -> None:
+        if FORGET in retain:
+            raise ValueError("A retain set is called 'forget'; rename it, that name is the forget set's.")
+        sizes = {FORGET: len(forget), **{name: len(rows) for name, rows in retain.items()}}
+        if sizes != pairing.sizes:
+            raise ValueError(f"The pairing was made for the sizes {pairing.sizes}, but the datasets have {sizes}.")
+        self.forget = forget
+        self.retain = dict(retain)
+        self.pairing = pairing
+        self._epoch = EpochState()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose pairs are served."""
+        return self._epoch.get()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves to another epoch; accelerate's data loader calls this at the start of each."""
+        self._epoch.set(epoch)
+
+    def __len__(self) -> int:
+        return self.pairing.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = self.pairing.rows(self.epoch, int(index))
+        number = rows[FORGET]
+        return {
+            "forget": {**self.forget[number], "index": number},
+            "retain": {name: self.retain[name][rows[name]] for name in self.retain},
+        }
+
+    @property
+    def lengths(self) -> list[int]:
+        """
+        Tokens of the forget row of each item, for samplers that group by length. The retain parts are padded on
+        their own and change partners every epoch, so they are left out.
+        """
+        tokens = [len(self.forget[row]["input_ids"]) for row in range(len(self.forget))]
+        return [tokens[self.pairing.rows(self.epoch, index)[FORGET]] for index in range(len(self))]
+
+
+class EpochSampler(Sampler[int]):
+    """
+    Shuffles a dataset by a permutation of (seed, the dataset's epoch): the same on every rank, and after a resume.
+
+    It has no `set_epoch` of its own, on purpose. accelerate's loader (seen in 1.15) forwards the epoch to the
+    *dataset* only if it finds no sampler with `set_epoch`: with its own seedable sampler and several processes the
+    dataset would stay at epoch 0 for ever, and with a loader resumed in mid-epoch the sampler would. Here the dataset
+    is the one owner of the epoch, and it is always told.
+
+    Args:
+        dataset ([`PairedDataset`]):
+            Anything with a length and an `epoch`.
+        seed (`int`):
+            Non-negative seed.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            `False` reads in order.
+    """
+
+    def __init__(self, dataset: PairedDataset, seed: int, *, shuffle: bool = True) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.dataset)
+        if not self.shuffle:
+            yield from range(size)
+        else:
+            yield from permutation(self.seed, "order of items", size, self.dataset.epoch).tolist()

@@ -1,0 +1,132 @@
+"""What each score is called, what it means and where it should end: shared by every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .formats import plain_words
+from .schema import SUBJECTS, Results
+
+Goal = Literal["reference", "target", "high", ""]
+GOALS: dict[Goal, str] = {
+    "reference": "as the reference",
+    "target": "as the target",
+    "high": "high",
+    "": "",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A score's name, its title, its definition, and what an ideal unlearned model would score.
+
+    Args:
+        name (`str`): key in results.json.
+        label (`str`): title in tables.
+        meaning (`str`): definition in one or two sentences.
+        goal (`"reference"`, `"target"`, `"high"` or `""`): whose score the unlearned model should have.
+        unit_interval (`bool`, *optional*, defaults to `True`): whether the score lies in [0, 1].
+    """
+
+    name: str
+    label: str
+    meaning: str
+    goal: Goal
+    unit_interval: bool = True
+
+
+_PROBABILITY = "Mean over examples of exp(-NLL), NLL the mean negative log-likelihood of the right answer's tokens"
+
+KNOWN: tuple[Metric, ...] = (
+    Metric(
+        name="forget_probability",
+        label="Forget probability",
+        meaning=f"{_PROBABILITY}, on what is to be forgotten.",
+        goal="reference",
+    ),
+    Metric(
+        name="forget_rouge",
+        label="Forget ROUGE",
+        meaning="ROUGE-L recall of the greedy answer against the right one: the share of the right answer's words "
+        "that the model still says, in order. Rarely 0: a fluent answer shares small words with the right one.",
+        goal="reference",
+    ),
+    Metric(
+        name="forget_truth_ratio",
+        label="Forget truth ratio",
+        meaning="Truth ratio TR = likelihood of wrong answers over that of the right one, paraphrased; here the mean "
+        "of min(TR, 1/TR), which is highest when right and wrong answers are equally likely.",
+        goal="reference",
+    ),
+    Metric(
+        name="forget_paraphrased_question_probability",
+        label="Forget probability, questions reworded",
+        meaning=f"{_PROBABILITY}, when the forget questions are asked in other words: knowledge that only "
+        "hides behind the exact question shows here.",
+        goal="reference",
+    ),
+    Metric(
+        name="mia_auc",
+        label="Membership inference AUC",
+        meaning="How well an attacker tells forget examples from unseen ones by their loss. 0.5 is a guess; far below "
+        "0.5 also gives membership away.",
+        goal="reference",
+    ),
+    Metric(
+        name="retain_probability",
+        label="Retain probability",
+        meaning=f"{_PROBABILITY}, on what is to be kept.",
+        goal="target",
+    ),
+    Metric(
+        name="retain_rouge",
+        label="Retain ROUGE",
+        meaning="ROUGE-L recall of the greedy answers on what is to be kept.",
+        goal="target",
+    ),
+    Metric(
+        name="retain_truth_ratio",
+        label="Retain truth ratio",
+        meaning="Mean of max(0, 1 - TR) on what is to be kept: high when right answers are likelier than wrong ones.",
+        goal="target",
+    ),
+    Metric(
+        name="real_authors_probability",
+        label="Real authors probability",
+        meaning="Probability of right answers about real authors: knowledge next to what is forgotten.",
+        goal="target",
+    ),
+    Metric(
+        name="world_facts_probability",
+        label="World facts probability",
+        meaning="Probability of right answers about the world: knowledge far from what is forgotten.",
+        goal="target",
+    ),
+    Metric(
+        name="model_utility",
+        label="Model utility",
+        meaning="Harmonic mean of probability, ROUGE and truth ratio over the parts to be kept; 0 if any is 0.",
+        goal="target",
+    ),
+)
+_BY_NAME = {metric.name: metric for metric in KNOWN}
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name; one that nobody described is shown under its own name, without a goal."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    return Metric(name=name, label=plain_words(name), meaning="", goal="", unit_interval=False)
+
+
+def metrics_of(results: Results) -> tuple[Metric, ...]:
+    """The metrics that at least one model of `results` has: known ones in the order above, then the others."""
+    names = {
+        name: None
+        for subject in SUBJECTS
+        if (scores := results.scores()[subject]) is not None
+        for name in scores.as_dict()
+        if name != "standard_error"
+    }
+    return (*(entry for entry in KNOWN if entry.name in names), *(metric(n) for n in names if n not in _BY_NAME))

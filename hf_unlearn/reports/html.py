@@ -1,0 +1,185 @@
+"""One self-contained page about a run: no scripts, no requests, every text of a model escaped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import formats
+from .glossary import GOALS
+from .overlap import leaked_words
+from .plots import constraint_figure, dual_figure, forget_figure, truth_ratio_figure
+from .schema import SUBJECTS, Generation, Results, as_results, write_text
+from .svg import figure_svg
+from .tables import TITLES, score_rows
+from .verdict import FORGET_SLACK, INDISTINGUISHABLE, KEEP_YES, judge
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+SHOWN_GENERATIONS = 4
+"""Questions of each part that are open; the others fold away."""
+SUBJECT_NOTES = {"target": "before unlearning", "unlearned": "after", "reference": "never saw the data"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure on the page: its anchor, title, what to see in it, and its SVG or why there is none."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup | None
+
+
+def render_report(results: Results | Mapping[str, Any]) -> str:
+    """The report as one HTML page.
+
+    Args:
+        results ([`Results`] or `Mapping`): the results.
+
+    Returns:
+        `str`: the page. It loads nothing (its content security policy forbids it), runs no script, follows the
+        reader's light or dark theme, and reflows on phones.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    results = as_results(results)
+    environment = Environment(
+        loader=PackageLoader("hf_unlearn.reports", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        verdict=judge(results),
+        subjects=[{"name": name, "title": TITLES[name], "note": SUBJECT_NOTES[name]} for name in SUBJECTS],
+        scores=_score_context(results),
+        has_errors=any(scores is not None and scores.standard_error for scores in results.scores().values()),
+        plots=_plots(results),
+        generations=_generations(results),
+        shown=SHOWN_GENERATIONS,
+        phases=_phases(results),
+        settings=[(key, _setting(value)) for key, value in results.settings.items()],
+        forget_quality=formats.p_value(results.forget_quality, results.forget_quality_log10),
+        limits={"slack": FORGET_SLACK, "keep": formats.percent(KEEP_YES), "p": INDISTINGUISHABLE},
+        answers={"yes": ("✓", "Yes"), "partly": ("~", "Partly"), "no": ("✕", "No"), "unknown": ("?", "Unknown")},
+        format_loss=formats.loss,
+        format_score=formats.score,
+        format_duration=formats.duration,
+    )
+
+
+def write_report(path: str | os.PathLike[str], results: Results | Mapping[str, Any]) -> Path:
+    """Write [`render_report`] to `path`, whole or not at all.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    return write_text(Path(path), render_report(results))
+
+
+def _score_context(results: Results) -> list[dict[str, Any]]:
+    rows = []
+    for metric, cells in score_rows(results):
+        dots = []
+        if metric.unit_interval:
+            for subject in ("reference", "target", "unlearned"):  # the last one lies on top
+                scores = results.scores()[subject]
+                value = None if scores is None else scores.as_dict().get(metric.name)
+                if value is not None and 0 <= value <= 1:
+                    dots.append({"subject": subject, "left": f"{100 * value:.1f}"})
+        rows.append({"metric": metric, "goal": GOALS[metric.goal], "cells": cells, "dots": dots})
+    return rows
+
+
+def _plots(results: Results) -> list[Plot]:
+    history, constraints = results.history, results.constraints
+    return [
+        _plot(
+            "forget",
+            "Forgetting",
+            "The forget loss is what training minimises. The NLL says how unlikely the forget answers have become: "
+            "it should end at the forget level (dashed), where text that the model has never seen lies.",
+            forget_figure(history, forget_level=results.forget_level),
+        ),
+        _plot(
+            "retain",
+            "Retain loss against its limit",
+            "Each constraint's loss should stay below its limit eps (dashed). The shaded side is infeasible.",
+            constraint_figure(history, constraints),
+        ),
+        _plot(
+            "dual",
+            "Dual variables",
+            "The weight of each constraint. It grows while the constraint is violated, falls while there is room, and "
+            "ends where one more step of forgetting would cost too much. At 0 the constraint costs nothing; growing "
+            "to the end means infeasible.",
+            dual_figure(history, constraints),
+        ),
+        _plot(
+            "truth-ratio",
+            "Truth ratios of the forget rows",
+            "The closer the unlearned curve is to the reference, the less the two models can be told apart. Forget "
+            "quality is a test of the largest vertical gap between these two.",
+            truth_ratio_figure(results.truth_ratios),
+        ),
+    ]
+
+
+def _plot(name: str, title: str, caption: str, figure: Figure | None) -> Plot:
+    from markupsafe import Markup
+
+    # matplotlib escapes the texts in its SVG (a test holds it to that), so the element may stand as it is
+    svg = None if figure is None else Markup(figure_svg(figure, name=f"plot-{name}", label=title))
+    return Plot(name=name, title=title, caption=caption, svg=svg)
+
+
+def _generations(results: Results) -> list[dict[str, Any]]:
+    parts = (
+        ("forget", "Questions to forget", "Marked words repeat the right answer: they should vanish."),
+        ("retain", "Questions to keep", "Marked words repeat the right answer: they should stay."),
+    )
+    groups = []
+    for part, title, note in parts:
+        rows = [_generation(row) for row in results.generations if row.part == part]
+        if rows:
+            groups.append({"part": part, "title": title, "note": note, "rows": rows})
+    return groups
+
+
+def _generation(row: Generation) -> dict[str, Any]:
+    answers = []
+    for subject in SUBJECTS:
+        text = getattr(row, subject)
+        if text is not None:
+            pieces = leaked_words(text, row.answer, row.question)
+            answers.append({"subject": subject, "title": TITLES[subject], "pieces": pieces, "empty": not text.strip()})
+    return {"question": row.question, "answer": row.answer, "answers": answers}
+
+
+def _phases(results: Results) -> list[dict[str, Any]]:
+    total = results.seconds["total"]
+    longest = max((value for value in results.seconds.values() if math.isfinite(value)), default=0.0)
+    scale = total if math.isfinite(total) and total > 0 else longest
+    return [
+        {
+            "name": formats.plain_words(name),
+            "shown": formats.duration(value),
+            "width": f"{min(100.0, 100 * value / scale):.1f}" if scale > 0 and math.isfinite(value) else "0",
+        }
+        for name, value in results.seconds.items()
+        if name != "total"
+    ]
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,115 @@
+"""The results as a table: for the terminal (rich) and for model cards (Markdown)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import formats
+from .glossary import GOALS, Metric, metrics_of
+from .schema import SUBJECTS, ModelScores, Results, as_results
+from .verdict import INDISTINGUISHABLE, judge
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TITLES = {"target": "Target", "unlearned": "Unlearned", "reference": "Reference"}
+
+
+def score_rows(results: Results | Mapping[str, Any]) -> list[tuple[Metric, dict[str, str]]]:
+    """Every metric of the results with its formatted score for each of target, unlearned and reference."""
+    results = as_results(results)
+    scores = results.scores()
+    return [
+        (metric, {subject: _cell(scores[subject], metric.name) for subject in SUBJECTS})
+        for metric in metrics_of(results)
+    ]
+
+
+def results_table(results: Results | Mapping[str, Any]) -> Table:
+    """A table of target, unlearned and reference for the terminal, with the verdict below it.
+
+    Args:
+        results ([`Results`] or `Mapping`): the results.
+
+    Returns:
+        `rich.table.Table`: give it to `rich.console.Console().print`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    results = as_results(results)
+    verdict = judge(results)
+    table = Table(
+        title=Text(f"Unlearning results: {results.method}"),
+        caption=Text(verdict.text),
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+    )
+    table.add_column("")
+    for subject in SUBJECTS:
+        table.add_column(TITLES[subject], justify="right", style="bold" if subject == "unlearned" else "")
+    table.add_column("should be", style="dim")
+    for metric, cells in score_rows(results):
+        table.add_row(Text(metric.label), *(Text(cells[subject]) for subject in SUBJECTS), Text(GOALS[metric.goal]))
+    table.add_section()
+    quality = formats.p_value(results.forget_quality, results.forget_quality_log10)
+    table.add_row(Text("Forget quality (p)"), Text(""), Text(quality), Text(""), Text(f"> {INDISTINGUISHABLE}"))
+    for constraint in results.constraints:
+        table.add_row(
+            Text(f"Loss of {constraint.name}"),
+            Text(""),
+            Text(formats.loss(constraint.loss), style="" if constraint.feasible else "red"),
+            Text(""),
+            Text(f"≤ {formats.loss(constraint.eps)}{'' if constraint.feasible else ' (violated)'}"),
+        )
+    table.add_row(Text("Time"), Text(""), Text(formats.duration(results.seconds["total"])), Text(""), Text(""))
+    return table
+
+
+def markdown_table(results: Results | Mapping[str, Any]) -> str:
+    """The scores as a Markdown table, with forget quality as the last row."""
+    results = as_results(results)
+    header = ["Metric", *(TITLES[subject] for subject in SUBJECTS), "Should be"]
+    rows = [
+        [metric.label, *(cells[subject] for subject in SUBJECTS), GOALS[metric.goal]]
+        for metric, cells in score_rows(results)
+    ]
+    quality = formats.p_value(results.forget_quality, results.forget_quality_log10)
+    rows.append(["Forget quality (KS p-value)", "", quality, "", f"> {INDISTINGUISHABLE}"])
+    return markdown(header, rows, align="lrrrl")
+
+
+def markdown_constraints(results: Results | Mapping[str, Any]) -> str:
+    """The constraints as a Markdown table: limit, loss, multiplier and feasibility; empty text if there are none."""
+    results = as_results(results)
+    if not results.constraints:
+        return ""
+    rows = [
+        [c.name, formats.loss(c.eps), formats.loss(c.loss), formats.loss(c.multiplier), "yes" if c.feasible else "no"]
+        for c in results.constraints
+    ]
+    return markdown(["Constraint", "eps", "Loss", "Multiplier", "Feasible"], rows, align="lrrrl")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: str) -> str:
+    """A Markdown table; `align` has "l" or "r" for each column."""
+    ruler = ["---:" if side == "r" else "---" for side in align]
+    lines = [[_escape(cell) for cell in header], ruler, *([_escape(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _escape(cell: str) -> str:
+    text = " ".join(cell.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return text.replace("<", "&lt;").replace(">", "&gt;").replace("[", "\\[")
+
+
+def _cell(scores: ModelScores | None, name: str) -> str:
+    if scores is None:
+        return formats.MISSING
+    value = scores.as_dict().get(name)
+    if value is None or math.isnan(value):
+        return formats.MISSING
+    return formats.with_error(value, scores.standard_error.get(name))

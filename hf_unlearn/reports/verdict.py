@@ -1,0 +1,175 @@
+"""The answer in plain words: did it forget, did it keep the rest, and can anyone tell?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import formats
+from .schema import ModelScores, Results, as_results
+
+Answer = Literal["yes", "partly", "no", "unknown"]
+
+FORGET_SLACK = 0.01
+"""How far above the reference's forget probability still counts as forgotten (absolute)."""
+KEEP_YES, KEEP_PARTLY = 0.95, 0.80
+"""Shares of the target's retain probability that count as kept, and as partly kept."""
+INDISTINGUISHABLE = 0.05
+"""p-value of the KS test above which the models are not told apart (TOFU, arXiv 2401.06121)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One question, its answer, and the numbers it rests on.
+
+    Args:
+        name (`str`): "forgotten", "kept", "feasible" or "indistinguishable".
+        question (`str`): the question in plain words.
+        answer (`"yes"`, `"partly"`, `"no"` or `"unknown"`): the answer.
+        reason (`str`): one or two sentences with the numbers.
+    """
+
+    name: str
+    question: str
+    answer: Answer
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A headline, what a reader should know next, the overall answer, and the checks behind it."""
+
+    headline: str
+    detail: str
+    answer: Answer
+    checks: tuple[Check, ...]
+
+    @property
+    def text(self) -> str:
+        """Headline and detail as one line."""
+        return f"{self.headline} {self.detail}".strip()
+
+
+def judge(results: Results | Mapping[str, Any]) -> Verdict:
+    """The verdict on a run.
+
+    * forgotten: forget probability at most the reference's + 0.01; partly when at least half of the way there.
+      Without a reference, the level that is asked for is 5% of the target's.
+    * kept: retain probability at least 95% (partly: 80%) of the target's.
+    * feasible: every constraint is.
+    * indistinguishable: forget quality p > 0.05.
+    """
+    results = as_results(results)
+    checks = (_forgotten(results), _kept(results), _feasible(results), _indistinguishable(results))
+    forgotten, kept, feasible, indistinguishable = (check.answer for check in checks)
+    counted = [check.answer for check in checks if check.answer != "unknown"]
+    answer: Answer = "yes" if set(counted) == {"yes"} else "partly" if "yes" in counted else "no"
+    if "unknown" in (forgotten, kept):
+        answer = "unknown"
+    headline, detail = _headline(forgotten, kept, feasible, indistinguishable)
+    return Verdict(
+        headline=headline,
+        detail=detail,
+        answer="no" if "no" in (forgotten, kept) else answer,
+        checks=checks,
+    )
+
+
+def _headline(forgotten: Answer, kept: Answer, feasible: Answer, indistinguishable: Answer) -> tuple[str, str]:
+    if "unknown" in (forgotten, kept):
+        return "There is no verdict: what it would rest on is missing.", ""
+    first = {
+        "yes": "The model forgot what it should",
+        "partly": "The model forgot only a part of what it should",
+        "no": "The model did not forget",
+    }[forgotten]
+    same_direction = (forgotten == "yes") == (kept == "yes")
+    second = {
+        "yes": "kept the rest",
+        "partly": "lost a part of the rest",
+        "no": "lost the rest",
+    }[kept]
+    text = f"{first} {'and' if same_direction else 'but'} {second}"
+    if feasible == "no":
+        text += ", with a constraint violated"
+    if forgotten == "yes" and indistinguishable == "no":
+        return f"{text}.", "It can still be told apart from a model that never saw the data."
+    if forgotten == kept == indistinguishable == "yes":
+        return f"{text}.", "A test could not tell it apart from a model that never saw the data."
+    return f"{text}.", ""
+
+
+def _forgotten(results: Results) -> Check:
+    before, after = results.target.forget_probability, results.unlearned.forget_probability
+    question = "Did it forget?"
+    reference: ModelScores | None = results.reference
+    level = math.nan if reference is None else reference.forget_probability
+    measured = not math.isnan(level)
+    goal = level if measured else 0.05 * before
+    reason = f"The forget answers' probability went from {formats.score(before)} to {formats.score(after)}"
+    reason += f"; a model that never saw them gives {formats.score(level)}." if measured else " (no reference model)."
+    if math.isnan(before) or math.isnan(after):
+        return Check(name="forgotten", question=question, answer="unknown", reason="It was not measured.")
+    slack = FORGET_SLACK if measured else 0.0
+    if before <= goal + slack:
+        reason = (
+            f"The target gives the forget answers probability {formats.score(before)}: there was nothing to forget."
+        )
+        return Check(name="forgotten", question=question, answer="unknown", reason=reason)
+    answer: Answer = "yes" if after <= goal + slack else "partly" if after <= (before + goal) / 2 else "no"
+    return Check(name="forgotten", question=question, answer=answer, reason=reason)
+
+
+def _kept(results: Results) -> Check:
+    before, after = results.target.retain_probability, results.unlearned.retain_probability
+    question = "Did it keep the rest?"
+    if math.isnan(before) or math.isnan(after) or before <= 0:
+        return Check(name="kept", question=question, answer="unknown", reason="It was not measured.")
+    share = after / before
+    answer: Answer = "yes" if share >= KEEP_YES else "partly" if share >= KEEP_PARTLY else "no"
+    reason = (
+        f"The retain answers' probability went from {formats.score(before)} to {formats.score(after)}: "
+        f"{formats.percent(share)} of it is left."
+    )
+    return Check(name="kept", question=question, answer=answer, reason=reason)
+
+
+def _feasible(results: Results) -> Check:
+    question = "Is every constraint satisfied?"
+    if not results.constraints:
+        reason = "This run had no constraints: nothing limited what may be lost."
+        return Check(name="feasible", question=question, answer="unknown", reason=reason)
+    violated = [constraint for constraint in results.constraints if not constraint.feasible]
+    if violated:
+        listed = "; ".join(f"{c.name}: loss {formats.loss(c.loss)} > eps {formats.loss(c.eps)}" for c in violated)
+        reason = f"{len(violated)} of {len(results.constraints)} violated ({listed})."
+        return Check(name="feasible", question=question, answer="no", reason=reason)
+    if len(results.constraints) == 1:
+        only = results.constraints[0]
+        reason = f"The retain loss ended at {formats.loss(only.loss)}, its limit eps is {formats.loss(only.eps)}."
+    else:
+        reason = f"Each of the {len(results.constraints)} retain losses ended at or below its limit eps."
+    return Check(name="feasible", question=question, answer="yes", reason=reason)
+
+
+def _indistinguishable(results: Results) -> Check:
+    question = "Is it as if it had never seen the data?"
+    quality = results.forget_quality
+    if quality is None or math.isnan(quality):
+        why = results.absent.get("forget_quality", "it needs the truth ratios of a retain-only reference model")
+        reason = f"Forget quality was not measured: {why}."
+        return Check(name="indistinguishable", question=question, answer="unknown", reason=reason)
+    shown = formats.p_value(quality, results.forget_quality_log10)
+    if quality > INDISTINGUISHABLE:
+        reason = (
+            f"Forget quality p = {shown}, above {INDISTINGUISHABLE}: by truth ratio, the test does not tell it from "
+            "the retain-only model."
+        )
+        return Check(name="indistinguishable", question=question, answer="yes", reason=reason)
+    reason = (
+        f"Forget quality p = {shown}, not above {INDISTINGUISHABLE}: its truth ratios differ from those of the "
+        "retain-only model (too little or too much forgotten)."
+    )
+    return Check(name="indistinguishable", question=question, answer="no", reason=reason)

@@ -1,0 +1,32 @@
+"""Trainers: UnlearningTrainer (weighted sum of losses) and PrimalDualTrainer (hard limits on the retain losses)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import UnlearningTrainer
+    from .config import UnlearningConfig
+    from .objective import ForgetTarget
+    from .primal_dual import PrimalDualTrainer
+    from .primal_dual_config import PrimalDualConfig
+
+_OWNERS = {
+    "ForgetTarget": "objective",
+    "PrimalDualConfig": "primal_dual_config",
+    "PrimalDualTrainer": "primal_dual",
+    "UnlearningConfig": "config",
+    "UnlearningTrainer": "base",
+}
+__all__ = ["ForgetTarget", "PrimalDualConfig", "PrimalDualTrainer", "UnlearningConfig", "UnlearningTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_OWNERS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

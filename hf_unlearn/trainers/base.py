@@ -1,0 +1,323 @@
+"""UnlearningTrainer: forget one dataset and keep others, as a weighted sum of losses (GradDiff, NPO, SimNPO, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..data import EpochSampler, PairedDataset, PairedIterableDataset, Pairing, UnlearningCollator
+from ..losses import LossOutput, example_nll, token_log_probs
+from .accounting import (
+    FORGET,
+    FORGET_SEQUENCES,
+    TOKENS,
+    StepLedger,
+    all_reduce_sums,
+    count_units,
+    retain_key,
+    sum_counts,
+)
+from .config import UnlearningConfig
+from .datasets import prepare
+from .hooks import SetupCallback
+from .lifecycle import FORGET_NLL, Lifecycle
+from .measure import forward_logits
+from .model_setup import add_adapter, check_causal_lm, check_lengths, load_model, load_tokenizer
+from .objective import ForgetBatch, ForgetObjective, ForgetTarget, retain_loss, targeted_forget_loss
+from .reference import ReferenceModel
+
+
+class UnlearningTrainer(Lifecycle):
+    """
+    Makes a causal language model forget `forget_dataset` while it keeps `retain_dataset`.
+
+    Minimises `forget_weight * L_f + sum_k retain_weight_k * L_r^k`. By its losses it is gradient ascent (`"grad_ascent"`,
+    no retain set), GradDiff (`"grad_ascent"`), NPO, SimNPO, IdkDPO, UNDIAL, WGA, SatImp, ...; see [`UnlearningConfig`].
+
+    Args:
+        model (`str` or `PreTrainedModel` or `PeftModel`):
+            A model id, a path or an instance.
+        args ([`UnlearningConfig`], *optional*):
+            Configuration.
+        data_collator (`Callable`, *optional*):
+            Makes `{"forget": {...}, "retain": {name: {...}}}` of a list of items; default [`UnlearningCollator`].
+        forget_dataset (`Dataset` or `IterableDataset`):
+            Rows to forget, in any of TRL's formats or with `question` and `answer`.
+        retain_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
+            Rows to keep: one dataset, or several by name, each with its own loss in the logs.
+        holdout_dataset (`Dataset`, *optional*):
+            Rows of the kind to forget that the model has never seen; calibrates a forget target.
+        eval_dataset (`Dataset` or `dict`, *optional*):
+            Further rows whose NLL `evaluate()` reports.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer; default: the one the model was saved with.
+        compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics:
+            As in [`~transformers.Trainer`]; `compute_metrics` is called with the metrics of `evaluate()` and returns
+            more of them.
+        peft_config (`PeftConfig`, *optional*):
+            Trains an adapter instead of the whole model.
+        quantization_config (`BitsAndBytesConfig`, *optional*):
+            Quantises a model given by name (QLoRA together with `peft_config`).
+
+    Raises:
+        ValueError, TypeError: bad input, before any compute is spent.
+    """
+
+    method = "unlearning"
+    config_class: type[UnlearningConfig] = UnlearningConfig
+    _tag_names = ("hf_unlearn", "unlearning")
+
+    def __init__(
+        self,
+        model: Any,
+        args: UnlearningConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        forget_dataset: Any = None,
+        retain_dataset: Any = None,
+        holdout_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[dict[str, float]], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        quantization_config: Any = None,
+    ) -> None:
+        if args is None:
+            args = self.config_class(output_dir="unlearning-output")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
+        if getattr(args, "parallelism_config", None) is not None and args.parallelism_config.cp_enabled:
+            raise ValueError("Context parallelism splits top-level labels; unlearning batches are nested. Turn it off.")
+        self.objective = ForgetObjective(name=args.forget_loss, kwargs=dict(args.forget_loss_kwargs or {}))  # type: ignore[arg-type]
+        model = load_model(model, args, quantization_config)
+        check_causal_lm(model)
+        tokenizer = load_tokenizer(processing_class, model, args)
+        check_lengths(model, args)
+        self.data = prepare(
+            forget=forget_dataset,
+            retain=retain_dataset,
+            holdout=holdout_dataset,
+            evaluation=eval_dataset,
+            tokenizer=tokenizer,
+            args=args,
+            with_refusals=self.objective.needs_alternative,
+        )
+        self._check_arguments(args)
+        self._fresh_adapter = peft_config is not None
+        model = add_adapter(model, peft_config, args)
+        self.reference: ReferenceModel | None = None
+        if self.objective.needs_reference_logits or (args.retain_loss == "kl" and self.data.retain):
+            self.reference = ReferenceModel(model, args.reference_policy, fresh_adapter=self._fresh_adapter)
+        collator = UnlearningCollator(
+            pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+        )
+        # The filter hides a NaN behind the running mean; here it stops the run, naming step and term.
+        args.logging_nan_inf_filter = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or collator,
+            train_dataset=self._paired(args),
+            eval_dataset=self.data.forget_eval,
+            processing_class=tokenizer,
+            compute_metrics=None,
+            callbacks=[SetupCallback(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self._collate = collator
+        self._extra_metrics = compute_metrics
+        # Losses are divided by the step's global token counts, so nothing is left for the Trainer to scale.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.ledger = StepLedger()
+        self._window: dict[str, Tensor] = {}
+        self._window_steps = 0
+        self.normalizer = 1.0
+        self.target: ForgetTarget | None = None
+        self.tokens_seen = 0.0
+        self.reference_logps: dict[str, Tensor] = {}
+        self._resume_from: str | None = None
+        self._is_set_up = False
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
+
+    # ---- what a method overrides -------------------------------------------------------------------------------
+
+    def _check_arguments(self, args: UnlearningConfig) -> None:
+        """Refuses settings that do not fit the datasets."""
+        weight = args.retain_weight
+        if isinstance(weight, dict) and set(weight) != set(self.data.retain):
+            raise ValueError(
+                f"retain_weight names {sorted(weight)}, but the retain sets are {sorted(self.data.retain)}."
+            )
+        if args.retain_loss == "kl" and not self.data.retain:
+            raise ValueError('retain_loss="kl" needs a retain_dataset.')
+
+    def retain_weights(self) -> dict[str, Tensor | float]:
+        """Weight of every retain loss in the current step."""
+        weight = self.args.retain_weight
+        return {name: weight[name] if isinstance(weight, dict) else weight for name in self.data.retain}
+
+    def calibrate(self, model: Any) -> None:
+        """Measures what must be known before step 0; skipped when a run is resumed."""
+        if self.args.normalize_forget_loss:
+            self.normalizer = self._positive_forget_loss(model)
+
+    def after_step(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Hook after the last backward pass of a step, with its global means; returns more values to log."""
+        return {}
+
+    def method_state(self) -> dict[str, Any]:
+        """JSON-able state of the method, saved beside each checkpoint."""
+        return {"normalizer": self.normalizer, "tokens_seen": self.tokens_seen}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Restores [`method_state`]."""
+        self.normalizer = float(state["normalizer"])
+        self.tokens_seen = float(state["tokens_seen"])
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _paired(self, args: UnlearningConfig) -> PairedDataset | PairedIterableDataset:
+        forget, retain = self.data.forget, self.data.retain
+        if any(isinstance(rows, IterableDataset) for rows in (forget, *retain.values())):
+            if args.max_steps <= 0:
+                raise ValueError("A stream has no length: set max_steps to the number of optimizer steps.")
+            # Every process reads the stream and keeps its share; dispatching from rank 0 cannot split nested batches.
+            args.accelerator_config.dispatch_batches = False
+            block = args.per_device_train_batch_size * args.world_size
+            return PairedIterableDataset(forget, retain, seed=args.seed, block_size=block)
+        sizes = {"forget": len(forget), **{name: len(rows) for name, rows in retain.items()}}
+        return PairedDataset(forget, retain, Pairing(sizes=sizes, cycle=args.cycle, seed=args.data_seed or args.seed))  # type: ignore[arg-type]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        seed = self.args.data_seed or self.args.seed
+        if self.args.train_sampling_strategy == "sequential":
+            return EpochSampler(dataset, seed, shuffle=False)
+        if self.args.train_sampling_strategy == "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return EpochSampler(dataset, seed)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["forget", "retain", "input_ids", "attention_mask", "labels", "index"]
+
+    def num_tokens(self, train_dl: Any, max_steps: int | None = None) -> int:
+        """Unknown before training: batches are nested, so the Trainer's estimate does not apply."""
+        return 0
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Fetches the micro-batches of a step and counts their units over all ranks before the first forward pass."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        labels = "alternative" if self.objective.name == "idk_nll" else "forget"
+        counts = sum_counts(count_units(batch, forget_labels=labels) for batch in batches)
+        counts = all_reduce_sums(counts, self.accelerator)
+        self.ledger.begin(counts)
+        return batches, counts[FORGET]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The step's objective on one micro-batch, scaled so that micro-batches and ranks add up to the global means."""
+        forget, retains = self._loss_terms(model, inputs)
+        counts = self.ledger.counts
+        world = self.accelerator.num_processes  # engines average gradients over ranks; our denominators are global
+        loss = forget.total * (world / self._denominator(FORGET, forget.total) / self.normalizer)
+        loss = loss * self.args.forget_weight
+        weights = self.retain_weights()
+        for name, term in retains.items():
+            weight = weights[name]
+            weight = weight.to(term.total) if isinstance(weight, Tensor) else weight
+            loss = loss + term.total * (weight * world / self._denominator(retain_key(name), term.total))
+        sums = {FORGET: forget.total, **{retain_key(name): term.total for name, term in retains.items()}}
+        sums[FORGET_NLL] = forget.metrics["nll_total"]
+        self.ledger.add(sums)
+        assert counts, "get_batch_samples runs before the first micro-batch of a step"
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch; the last one of a step also closes the ledger: means, checks, multipliers."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._close_step()
+        return loss
+
+    def _close_step(self) -> None:
+        sums = self.ledger.close(self.accelerator)
+        means = {key: total / self.ledger.counts[self._unit(key)].clamp(min=1.0) for key, total in sums.items()}
+        finite = torch.stack([value.isfinite() for value in means.values()])
+        if not bool(finite.all()):  # the one wait for the device in a step; it replaces the Trainer's NaN filter
+            raise FloatingPointError(self._nonfinite_message(means))
+        self.tokens_seen += self.ledger.counts[TOKENS].item()
+        for key, value in {**means, **self.after_step(means)}.items():
+            self._window[key] = self._window[key] + value if key in self._window else value
+        self._window_steps += 1
+
+    def _loss_terms(self, model: Any, inputs: Mapping[str, Any]) -> tuple[LossOutput, dict[str, LossOutput]]:
+        """Forward pass and loss terms of a collated batch; `metrics["nll_total"]` sums the forget rows' NLL."""
+        forget, retain = inputs["forget"], inputs.get("retain", {})
+        names = list(retain)
+        parts = [forget, *retain.values()]
+        if self.objective.needs_alternative:
+            parts.append(forget["alternative"])
+        logits = forward_logits(model, parts)
+        ref: list[Tensor | None] = [None] * len(parts)
+        if self.reference is not None:
+            ref = list(self.reference.logits(model, self.accelerator.unwrap_model(model), parts))
+        batch = ForgetBatch(
+            logits=logits[0],
+            labels=forget["labels"],
+            ref_logits=ref[0],
+            ref_logps=self._cached("answer", forget, logits[0]),
+            alternative_logits=logits[-1] if self.objective.needs_alternative else None,
+            alternative_labels=forget["alternative"]["labels"] if self.objective.needs_alternative else None,
+            ref_alternative_logps=self._cached("alternative", forget, logits[0]),
+        )
+        if self.target is not None:
+            term = targeted_forget_loss(self.objective, batch, self.target, self.normalizer)
+        else:
+            term = self.objective(batch)
+        with torch.no_grad():
+            logp, mask = token_log_probs(logits[0].detach(), forget["labels"])
+            term.metrics["nll_total"] = -logp.sum()
+            term.metrics["nll_rows"] = example_nll(logp, mask).sum()
+        retains = {
+            name: retain_loss(self.args.retain_loss, logits[1 + i], retain[name]["labels"], ref[1 + i])
+            for i, name in enumerate(names)
+        }
+        return term, retains
+
+    def _retain_term(self, model: Any, batch: Mapping[str, Tensor]) -> LossOutput:
+        """Retain loss of one padded batch of a single set."""
+        (logits,) = forward_logits(model, [batch])
+        ref = None
+        if self.args.retain_loss == "kl":
+            assert self.reference is not None
+            (ref,) = self.reference.logits(model, self.accelerator.unwrap_model(model), [batch])
+        return retain_loss(self.args.retain_loss, logits, batch["labels"], ref)
+
+    def _cached(self, kind: str, forget: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
+        cache = self.reference_logps.get(kind)
+        if cache is None:
+            return None
+        if cache.device != like.device:
+            cache = self.reference_logps[kind] = cache.to(like.device)
+        return cache[forget["index"]]
+
+    def _unit(self, key: str) -> str:
+        if key == FORGET and self.objective.counts_sequences:
+            return FORGET_SEQUENCES
+        return FORGET if key == FORGET_NLL else key
+
+    def _denominator(self, key: str, like: Tensor) -> Tensor:
+        return self.ledger.counts[self._unit(key)].clamp(min=1.0).to(like.device, like.dtype)

@@ -1,0 +1,23 @@
+"""The callback through which a trainer learns that the engine has wrapped the model and training is about to start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from .base import UnlearningTrainer
+
+
+class SetupCallback(TrainerCallback):
+    """Runs the trainer's calibration once everything is prepared and before step 0."""
+
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Calibrates a new run, restores a resumed one."""
+        self._trainer.set_up()

@@ -1,0 +1,304 @@
+"""What surrounds the step: set-up before step 0, logs, evaluation, checkpoints, resume, model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+
+from ..losses import example_nll, nll_loss, token_log_probs
+from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
+from .measure import forward_logits, measure_sums, row_log_probs
+from .model_card import write_model_card
+from .state import load_method_state, resolve_checkpoint, save_method_state
+
+if TYPE_CHECKING:
+    from .base import UnlearningTrainer
+
+FORGET_NLL = "forget_nll"
+
+
+class Lifecycle(Trainer):
+    """The parts of [`UnlearningTrainer`] that are not its algorithm."""
+
+    # ---- before step 0 and after a stop --------------------------------------------------------------------------
+
+    def train(self: UnlearningTrainer, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        As [`~transformers.Trainer.train`]; a resumed run continues with its multipliers, limits and cached values.
+
+        Raises:
+            ValueError: the checkpoint is missing, incomplete, or another method's.
+            FloatingPointError: a loss became NaN or infinite; the message names the step and the term.
+        """
+        self._resume_from = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if self._resume_from is not None:
+            load_method_state(self._resume_from, self.method)  # refuse before anything is loaded or wrapped
+        self._is_set_up = False
+        return super().train(resume_from_checkpoint=self._resume_from, **kwargs)
+
+    def set_up(self: UnlearningTrainer) -> None:
+        """Calibrates before step 0, or restores; called once the engine has wrapped the model."""
+        if self.reference is not None and not self._is_set_up:
+            self.reference.prepare(self.accelerator)
+        self._window, self._window_steps = {}, 0
+        if self._resume_from is not None:
+            state, logps = load_method_state(self._resume_from, self.method)
+            self.load_method_state(state)
+            self.reference_logps = logps
+        else:
+            if self.objective.needs_reference_logps:
+                self.reference_logps = self._cache_reference(self.model_wrapped)
+            self.calibrate(self.model_wrapped)
+        self._is_set_up = True
+
+    def _cache_reference(self: UnlearningTrainer, model: Any) -> dict[str, Tensor]:
+        rows = self.data.forget
+        if not isinstance(rows, Dataset):
+            raise ValueError(
+                f'forget_loss="{self.objective.name}" caches one reference log-probability a row, which a stream has no '
+                "numbers for. Pass the forget_dataset as a map-style Dataset, or choose a loss without reference."
+            )
+        kinds = ["answer", *(["alternative"] if self.objective.needs_alternative else [])]
+        return {
+            kind: row_log_probs(
+                model,
+                rows,
+                batch_size=self.args.eval_batch_size,
+                accelerator=self.accelerator,
+                collate=self._collate,
+                autocast=self.compute_loss_context_manager,
+                alternative=kind == "alternative",
+                description=self._bar("reference log-probs"),
+            )
+            for kind in kinds
+        }
+
+    def _positive_forget_loss(self: UnlearningTrainer, model: Any) -> float:
+        """The forget loss on the forget set, as the scale to divide by."""
+        target, self.target = self.target, None
+        try:
+            value = abs(self.measure_forget(model)["loss"])
+        finally:
+            self.target = target
+        if value == 0 or value != value:
+            raise ValueError(
+                f"normalize_forget_loss divides by the forget loss before step 0, which is {value}. "
+                "Set normalize_forget_loss=False, or check the forget rows."
+            )
+        return value
+
+    # ---- measuring -------------------------------------------------------------------------------------------------
+
+    def measure_forget(self: UnlearningTrainer, model: Any, rows: Dataset | None = None) -> dict[str, float]:
+        """Global means over forget rows: `loss` (as trained on, not normalised) and `nll` (mean of the rows' mean NLL)."""
+        labels = "alternative" if self.objective.name == "idk_nll" else "forget"
+
+        def function(batch: dict[str, Any]) -> dict[str, Tensor]:
+            nested = {"forget": batch, "retain": {}}
+            term, _ = self._loss_terms(model, nested)
+            counts = count_units(nested, forget_labels=labels)
+            units = counts[FORGET_SEQUENCES if self.objective.counts_sequences else FORGET]
+            return {
+                "loss": term.total,
+                "units": units,
+                "nll": term.metrics["nll_rows"],
+                "rows": counts[FORGET_SEQUENCES],
+            }
+
+        sums = self._sums(model, self.data.forget_eval if rows is None else rows, function, "forget")
+        return {"loss": sums["loss"] / max(sums["units"], 1.0), "nll": sums["nll"] / max(sums["rows"], 1.0)}
+
+    def measure_retain(self: UnlearningTrainer, model: Any, rows: Dataset, name: str) -> float:
+        """The retain loss over a dataset: global token mean."""
+
+        def function(batch: dict[str, Any]) -> dict[str, Tensor]:
+            loss = self._retain_term(model, batch)
+            return {"loss": loss.total, "tokens": response_tokens(batch["labels"])}
+
+        sums = self._sums(model, rows, function, name)
+        return sums["loss"] / max(sums["tokens"], 1.0)
+
+    def measure_nll(self: UnlearningTrainer, model: Any, rows: Dataset, name: str) -> dict[str, float]:
+        """Mean NLL of a dataset in nats: `token` (over tokens) and `example` (over the rows' means)."""
+
+        def function(batch: dict[str, Any]) -> dict[str, Tensor]:
+            (logits,) = forward_logits(model, [batch])
+            loss = nll_loss(logits, batch["labels"])
+            logp, mask = token_log_probs(logits, batch["labels"])
+            rows_with_labels = mask.any(dim=-1).sum()
+            return {
+                "total": loss.total,
+                "tokens": loss.count,
+                "rows_total": example_nll(logp, mask).sum(),
+                "rows": rows_with_labels,
+            }
+
+        sums = self._sums(model, rows, function, name)
+        return {
+            "token": sums["total"] / max(sums["tokens"], 1.0),
+            "example": sums["rows_total"] / max(sums["rows"], 1.0),
+        }
+
+    def _sums(
+        self: UnlearningTrainer, model: Any, rows: Dataset, function: Callable[[dict[str, Any]], Any], name: str
+    ) -> dict[str, float]:
+        return measure_sums(
+            model,
+            rows,
+            function,
+            batch_size=self.args.eval_batch_size,
+            accelerator=self.accelerator,
+            collate=self._collate,
+            autocast=self.compute_loss_context_manager,
+            description=self._bar(f"measuring {name}"),
+        )
+
+    def _bar(self, text: str) -> str | None:
+        return None if self.args.disable_tqdm else text
+
+    def _model_for_evaluation(self) -> Any:
+        if self.is_in_train:
+            return self.model_wrapped
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            if self.model_wrapped is self.model:
+                raise ValueError("evaluate() on a sharded engine needs train() first, which shards the model.")
+            return self.model_wrapped
+        if self.args.place_model_on_device:
+            self._move_model_to_device(self.model, self.args.device)
+        return self.model
+
+    def evaluate(
+        self: UnlearningTrainer, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Losses on the forget rows and on the held-out part of every retain set, the same on every rank.
+
+        Returns:
+            `dict[str, float]`: `eval_loss/forget`, `eval_forget_nll`, `eval_loss/retain/<name>`, `eval_loss` (their
+            weighted sum), `eval_loss/<name>` for the datasets of `eval_dataset`, and what a method adds.
+        """
+        from ..data import prepare_dataset
+        from .datasets import first_rows, named_datasets
+
+        model = self._model_for_evaluation()
+        forget = self.measure_forget(model)
+        retain = {name: self.measure_retain(model, rows, name) for name, rows in self.data.retain_eval.items()}
+        weights = {name: float(weight) for name, weight in self.retain_weights().items()}
+        metrics = {
+            "loss": self.args.forget_weight * forget["loss"] / self.normalizer
+            + sum(weights[name] * loss for name, loss in retain.items()),
+            "loss/forget": forget["loss"] / self.normalizer,
+            FORGET_NLL: forget["nll"],
+            **{f"loss/{retain_key(name)}": loss for name, loss in retain.items()},
+            **self.evaluation_metrics(forget, retain),
+        }
+        further = dict(self.data.evaluation)
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            further = {
+                name: first_rows(
+                    prepare_dataset(
+                        rows,
+                        self.processing_class,
+                        name=f"eval_dataset[{name!r}]",
+                        max_length=self.args.max_length,
+                        completion_only_loss=self.args.completion_only_loss,
+                    ),
+                    10**9,
+                    self.args.seed,
+                )
+                for name, rows in named_datasets("eval_dataset", eval_dataset, "eval").items()
+            }
+        for name, rows in further.items():
+            metrics[f"loss/{name}" if name else "loss/eval"] = self.measure_nll(model, rows, name or "eval")["token"]
+        if self._extra_metrics is not None:
+            metrics.update(self._extra_metrics(dict(metrics)))
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_metrics(self, forget: Mapping[str, float], retain: Mapping[str, float]) -> dict[str, float]:
+        """More metrics of a method for `evaluate()`, from measured global means."""
+        return {}
+
+    # ---- logs and checkpoints --------------------------------------------------------------------------------------
+
+    def log(self: UnlearningTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the terms since the last log to what the Trainer reports."""
+        if self._window_steps and not any(key.startswith("eval_") for key in logs):
+            stacked = torch.stack([value.double() for value in self._window.values()]) / self._window_steps
+            means = dict(zip(self._window, stacked.tolist(), strict=True))
+            logs = {**logs, **self._log_names(means), "num_tokens": self.tokens_seen}
+            self._window, self._window_steps = {}, 0
+        super().log(logs, start_time)
+
+    def _log_names(self: UnlearningTrainer, means: dict[str, float]) -> dict[str, float]:
+        named = {}
+        for key, value in means.items():
+            if key == FORGET:
+                named["loss/forget"] = value / self.normalizer
+            elif key.startswith("retain/"):
+                named[f"loss/{key}"] = value
+            else:
+                named[key] = value
+        return named
+
+    def _nonfinite_message(self: UnlearningTrainer, means: Mapping[str, Tensor]) -> str:
+        values = {key: float(value) for key, value in means.items()}
+        bad = [key for key, value in values.items() if not torch.isfinite(torch.tensor(value))]
+        terms = ", ".join(f"{key} = {value:.4g}" for key, value in values.items())
+        return (
+            f"Step {self.state.global_step + 1}: the loss term {', '.join(bad)} is not finite ({terms}). Training has "
+            "stopped before the optimizer step, so the weights are those of the step before. Lower the learning rate, "
+            "set max_grad_norm, or use bf16 instead of fp16."
+        )
+
+    def save_model(self: UnlearningTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves model (or adapter), tokenizer and the method's state; complete or with an error that says so.
+
+        Raises:
+            OSError: the disk is full or not writable; the message names the folder and what to do.
+        """
+        folder = output_dir or self.args.output_dir
+        try:
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_method_state(folder, self.method, self.method_state(), self.reference_logps)
+        except Exception as error:
+            if _is_storage_error(error):
+                raise OSError(
+                    f"Saving to {folder} failed: {error}. Free space or choose another output_dir; what this folder "
+                    "holds may be incomplete. Earlier checkpoints are untouched: continue with "
+                    "train(resume_from_checkpoint=True) after removing this folder."
+                ) from error
+            raise
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(
+        self: UnlearningTrainer,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes `README.md` to the output folder: method, losses, limits, multipliers, feasibility, citation."""
+        if self.is_world_process_zero():
+            extra = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=[*self._tag_names, *extra])
+
+
+def _is_storage_error(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return True
+    # safetensors and torch report a full disk as their own errors
+    text = str(error).lower()
+    return "no space left" in text or "i/o error" in text or "ioerror" in text

@@ -1,0 +1,78 @@
+"""The model before unlearning: its logits from the base under the adapter or from a frozen copy, its log-probs cached."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import check_choice
+from .measure import forward_logits
+from .model_setup import is_peft_model
+
+
+class ReferenceModel:
+    """
+    Logits of the model as it was before step 0.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model to be trained, before the engine wraps it.
+        policy (`str`):
+            `"adapter"`: switch the adapter off; `"copy"`: keep a frozen copy; `"auto"`: the adapter where it is fresh
+            (its base *is* the reference), else a copy.
+        fresh_adapter (`bool`):
+            Whether the trainer has just added the adapter. One that was trained before is part of the reference.
+
+    Raises:
+        ValueError: `"adapter"` without a fresh adapter.
+    """
+
+    def __init__(self, model: Any, policy: str, *, fresh_adapter: bool) -> None:
+        check_choice("reference_policy", policy, ("auto", "adapter", "copy"))
+        if policy == "adapter" and not (is_peft_model(model) and fresh_adapter):
+            raise ValueError(
+                "reference_policy='adapter' switches the adapter off to get the model before unlearning, but "
+                + ("the adapter was trained before, so its base is another model." if is_peft_model(model) else "there is no adapter.")
+                + " Use reference_policy='copy', or pass a peft_config."
+            )
+        self._adapter_off = policy != "copy" and is_peft_model(model) and fresh_adapter
+        self._copy: Any = None if self._adapter_off else copy.deepcopy(model).eval().requires_grad_(False)
+
+    def prepare(self, accelerator: Any) -> None:
+        """Moves or wraps a frozen copy the way the engine wants it; once, before the first forward pass."""
+        if self._copy is not None:
+            if accelerator.distributed_type.value == "DEEPSPEED":
+                self._copy = _prepare_deepspeed(self._copy, accelerator)
+            else:
+                self._copy = accelerator.prepare_model(self._copy, evaluation_mode=True)
+            self._copy.eval()
+
+    @torch.no_grad()
+    def logits(self, model: Any, unwrapped: Any, parts: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Logits `(B_i, T_i, V)` of every part under the reference, without gradient."""
+        off: AbstractContextManager[Any] = unwrapped.disable_adapter() if self._adapter_off else nullcontext()
+        runner = model if self._adapter_off else self._copy
+        was_training = runner.training
+        runner.eval()  # the reference has no dropout, in the adapter's base neither
+        try:
+            with off:
+                return forward_logits(runner, parts)
+        finally:
+            runner.train(was_training)
+
+
+def _prepare_deepspeed(model: Any, accelerator: Any) -> Any:
+    """An inference-only engine; ZeRO-3 shards the copy, the lower stages have nothing to shard in a frozen model."""
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    if config["zero_optimization"]["stage"] != 3:
+        config["zero_optimization"] = {"stage": 0}
+    config.pop("optimizer", None)
+    config.pop("scheduler", None)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
