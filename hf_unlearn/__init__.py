@@ -1,0 +1,52 @@
+"""hf_unlearn: machine unlearning for language models, as drop-in trainers for the Hugging Face stack."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .data import UnlearningCollator, load_tofu
+    from .duals import DualVariables, RetainConstraint
+    from .trainers import ForgetTarget, PrimalDualConfig, PrimalDualTrainer, UnlearningConfig, UnlearningTrainer
+
+# Lazy (PEP 562): importing the package loads neither torch nor transformers; a name loads what it needs.
+_OWNERS = {
+    "DualVariables": "duals",
+    "ForgetTarget": "trainers",
+    "PrimalDualConfig": "trainers",
+    "PrimalDualTrainer": "trainers",
+    "RetainConstraint": "duals",
+    "UnlearningCollator": "data",
+    "UnlearningConfig": "trainers",
+    "UnlearningTrainer": "trainers",
+    "load_tofu": "data",
+}
+_SUBMODULES = ("cli", "data", "duals", "lab", "losses", "metrics", "reports", "solver", "trainers")
+
+__all__ = [
+    "DualVariables",
+    "ForgetTarget",
+    "PrimalDualConfig",
+    "PrimalDualTrainer",
+    "RetainConstraint",
+    "UnlearningCollator",
+    "UnlearningConfig",
+    "UnlearningTrainer",
+    "__version__",
+    "load_tofu",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OWNERS:
+        return getattr(import_module(f".{_OWNERS[name]}", __name__), name)
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -34,7 +34,9 @@ class QuietProgressCallback(TrainerCallback):
                 total=state.max_steps, desc=self.description, initial=state.global_step, mininterval=1.0, leave=True
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Moves the bar to the step that has just ended."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
@@ -53,7 +55,9 @@ class QuietProgressCallback(TrainerCallback):
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()

@@ -12,6 +12,7 @@ from ..losses import IGNORE_INDEX
 
 FORGET = "forget"
 FORGET_SEQUENCES = "forget_sequences"
+FORGET_TOKENS = "forget_tokens"
 TOKENS = "tokens"
 
 
@@ -38,7 +39,11 @@ def count_units(batch: Mapping[str, Any], *, forget_labels: str = "forget") -> d
     forget = batch["forget"]
     labels = forget["alternative"]["labels"] if forget_labels == "alternative" else forget["labels"]
     has_response = (forget["labels"][:, 1:] != IGNORE_INDEX).any(dim=-1)
-    counts = {FORGET: response_tokens(labels), FORGET_SEQUENCES: has_response.sum()}
+    counts = {
+        FORGET: response_tokens(labels),
+        FORGET_SEQUENCES: has_response.sum(),
+        FORGET_TOKENS: response_tokens(forget["labels"]),
+    }
     tokens = forget["attention_mask"].sum()
     for name, part in batch["retain"].items():
         counts[retain_key(name)] = response_tokens(part["labels"])

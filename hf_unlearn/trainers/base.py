@@ -15,6 +15,7 @@ from ..losses import LossOutput, example_nll, token_log_probs
 from .accounting import (
     FORGET,
     FORGET_SEQUENCES,
+    FORGET_TOKENS,
     TOKENS,
     StepLedger,
     all_reduce_sums,
@@ -93,7 +94,9 @@ class UnlearningTrainer(Lifecycle):
         if not isinstance(args, self.config_class):
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
         if getattr(args, "parallelism_config", None) is not None and args.parallelism_config.cp_enabled:
-            raise ValueError("Context parallelism splits top-level labels; unlearning batches are nested. Turn it off.")
+            raise ValueError(
+                "Context parallelism splits top-level labels; unlearning batches are nested. Turn it off."
+            )
         self.objective = ForgetObjective(name=args.forget_loss, kwargs=dict(args.forget_loss_kwargs or {}))  # type: ignore[arg-type]
         model = load_model(model, args, quantization_config)
         check_causal_lm(model)
@@ -114,9 +117,7 @@ class UnlearningTrainer(Lifecycle):
         self.reference: ReferenceModel | None = None
         if self.objective.needs_reference_logits or (args.retain_loss == "kl" and self.data.retain):
             self.reference = ReferenceModel(model, args.reference_policy, fresh_adapter=self._fresh_adapter)
-        collator = UnlearningCollator(
-            pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
-        )
+        collator = UnlearningCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
         # The filter hides a NaN behind the running mean; here it stops the run, naming step and term.
         args.logging_nan_inf_filter = False
         super().__init__(
@@ -317,7 +318,7 @@ class UnlearningTrainer(Lifecycle):
     def _unit(self, key: str) -> str:
         if key == FORGET and self.objective.counts_sequences:
             return FORGET_SEQUENCES
-        return FORGET if key == FORGET_NLL else key
+        return FORGET_TOKENS if key == FORGET_NLL else key
 
     def _denominator(self, key: str, like: Tensor) -> Tensor:
         return self.ledger.counts[self._unit(key)].clamp(min=1.0).to(like.device, like.dtype)

@@ -62,17 +62,15 @@ class UnlearningConfig(TrainingArguments):
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from the hub may run.
 
-    Defaults that differ from TrainingArguments, as in TRL: `logging_steps=10`, `gradient_checkpointing=True`, `bf16` on
-    where an accelerator supports it. Others: `learning_rate=1e-5`, `remove_unused_columns=False`.
+    Defaults that differ from TrainingArguments, as in TRL: `logging_steps=10`, activation (gradient) checkpointing on
+    unless it is set, `bf16` on where an accelerator supports it. Others: `learning_rate=1e-5`,
+    `remove_unused_columns=False`.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "forget_loss_kwargs"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
     bf16: bool | None = field(  # type: ignore[assignment]  # None: decided by the hardware, as in TRL
         default=None, metadata={"help": "Use bf16 mixed precision. Default: True where an accelerator supports it."}
     )
@@ -127,6 +125,7 @@ class UnlearningConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         self.retain_weight = parse_per_name("retain_weight", self.retain_weight)
+        self._resolve_checkpointing()
         super().__post_init__()
         check_choice("forget_loss", self.forget_loss, get_args(ForgetLossName))
         check_choice("retain_loss", self.retain_loss, get_args(RetainLossName))
@@ -146,6 +145,15 @@ class UnlearningConfig(TrainingArguments):
         weights = [self.forget_weight, *_numbers(self.retain_weight)]
         if min(weights) < 0:
             raise ValueError(f"forget_weight and retain_weight must not be negative, got {weights}.")
+
+    def _resolve_checkpointing(self) -> None:
+        """On by default, under the name that the installed transformers has for it (renamed in 5.2x)."""
+        if not hasattr(self, "activation_checkpointing"):
+            return
+        if self.activation_checkpointing is None:
+            old = self.gradient_checkpointing
+            self.activation_checkpointing = True if old is None else old
+            self.gradient_checkpointing = None
 
 
 def _accelerator_has_bf16() -> bool:

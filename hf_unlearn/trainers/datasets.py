@@ -75,9 +75,7 @@ def prepare(
             **kwargs,
         )
 
-    forget_rows = tokenise(
-        forget, "forget_dataset", refusals=REFUSALS if with_refusals else None, seed=args.seed
-    )
+    forget_rows = tokenise(forget, "forget_dataset", refusals=REFUSALS if with_refusals else None, seed=args.seed)
     train, held_out = {}, {}
     for name, dataset in named_datasets("retain_dataset", retain, "retain").items():
         label = "retain_dataset" if name == "retain" else f"retain_dataset[{name!r}]"

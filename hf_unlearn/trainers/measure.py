@@ -127,4 +127,6 @@ def row_log_probs(
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: _to_device(value, device) if isinstance(value, dict) else value.to(device) for key, value in batch.items()}
+    return {
+        key: _to_device(value, device) if isinstance(value, dict) else value.to(device) for key, value in batch.items()
+    }

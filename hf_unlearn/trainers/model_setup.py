@@ -130,7 +130,9 @@ def add_adapter(model: Any, peft_config: PeftConfig | None, args: UnlearningConf
         from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 
         if not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}.")
+            raise TypeError(
+                f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
+            )
         if is_peft_model(model):
             raise ValueError(
                 "The model already has an adapter and peft_config asks for another. Merge the first one "
@@ -138,7 +140,9 @@ def add_adapter(model: Any, peft_config: PeftConfig | None, args: UnlearningConf
             )
         if quantized:
             model = prepare_model_for_kbit_training(
-                model, use_gradient_checkpointing=args.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+                model,
+                use_gradient_checkpointing=args.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
             )
         try:
             model = get_peft_model(model, peft_config)

@@ -193,9 +193,7 @@ def targeted_forget_loss(
         return gated
     excess = torch.where(mask, (unit_nll - target.level).clamp(min=0.0) / target.level, 0.0)
     total = gated.total + target.pull * normalizer * excess.square().sum()
-    return LossOutput(
-        loss=total / gated.count.clamp(min=1.0), total=total, count=gated.count, metrics=gated.metrics
-    )
+    return LossOutput(loss=total / gated.count.clamp(min=1.0), total=total, count=gated.count, metrics=gated.metrics)
 
 
 def retain_loss(name: str, logits: Tensor, labels: Tensor, ref_logits: Tensor | None) -> LossOutput:

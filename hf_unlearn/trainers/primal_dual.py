@@ -50,14 +50,16 @@ class PrimalDualTrainer(UnlearningTrainer):
         assert isinstance(args, PrimalDualConfig)
         super()._check_arguments(args)
         if not self.data.retain:
-            raise ValueError("retain_dataset is missing. The constraint of the primal-dual method is a limit on its loss.")
+            raise ValueError(
+                "retain_dataset is missing. The constraint of the primal-dual method is a limit on its loss."
+            )
         for name in ("retain_eps", "retain_tolerance", "retain_margin"):
             value = getattr(args, name)
             if isinstance(value, dict) and set(value) != set(self.data.retain):
                 raise ValueError(f"{name} names {sorted(value)}, but the retain sets are {sorted(self.data.retain)}.")
         if args.forget_target is not None and not self.objective.accepts_target:
             raise ValueError(
-                f'forget_target={args.forget_target!r} gates a loss that has a value for each token; '
+                f"forget_target={args.forget_target!r} gates a loss that has a value for each token; "
                 f'forget_loss="{args.forget_loss}" has none. Set forget_target to "none", or choose "lmf".'
             )
         if args.retain_weight != 1.0:

@@ -153,7 +153,9 @@ def _parse_target(value: Any) -> float | str | None:
     except (TypeError, ValueError):
         level = math.nan
     if not (level > 0 and math.isfinite(level)):
-        raise ValueError(f'forget_target is {value!r}; expected "none", "holdout", or a positive number of nats a token.')
+        raise ValueError(
+            f'forget_target is {value!r}; expected "none", "holdout", or a positive number of nats a token.'
+        )
     return level
 
 

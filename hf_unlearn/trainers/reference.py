@@ -36,7 +36,11 @@ class ReferenceModel:
         if policy == "adapter" and not (is_peft_model(model) and fresh_adapter):
             raise ValueError(
                 "reference_policy='adapter' switches the adapter off to get the model before unlearning, but "
-                + ("the adapter was trained before, so its base is another model." if is_peft_model(model) else "there is no adapter.")
+                + (
+                    "the adapter was trained before, so its base is another model."
+                    if is_peft_model(model)
+                    else "there is no adapter."
+                )
                 + " Use reference_policy='copy', or pass a peft_config."
             )
         self._adapter_off = policy != "copy" and is_peft_model(model) and fresh_adapter
