@@ -62,7 +62,8 @@ def load_tofu(split: str, path_or_hub: str | Path = TOFU_HUB_ID) -> Dataset:
         if file.is_file():
             return Dataset.from_list(_read_json_lines(file))
     raise FileNotFoundError(
-        f"{folder} holds no {split}.json. Files there: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'}."
+        f"{folder} holds no {split}.json. "
+        f"Files there: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'}."
     )
 
 

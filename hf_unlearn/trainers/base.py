@@ -37,8 +37,9 @@ class UnlearningTrainer(Lifecycle):
     """
     Makes a causal language model forget `forget_dataset` while it keeps `retain_dataset`.
 
-    Minimises `forget_weight * L_f + sum_k retain_weight_k * L_r^k`. By its losses it is gradient ascent (`"grad_ascent"`,
-    no retain set), GradDiff (`"grad_ascent"`), NPO, SimNPO, IdkDPO, UNDIAL, WGA, SatImp, ...; see [`UnlearningConfig`].
+    Minimises `forget_weight * L_f + sum_k retain_weight_k * L_r^k`. By its losses it is gradient ascent
+    (`"grad_ascent"`, no retain set), GradDiff (the same with one), NPO, SimNPO, IdkDPO, UNDIAL, WGA, SatImp, ...; see
+    [`UnlearningConfig`].
 
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`):
@@ -71,7 +72,7 @@ class UnlearningTrainer(Lifecycle):
 
     method = "unlearning"
     config_class: type[UnlearningConfig] = UnlearningConfig
-    _tag_names = ("hf_unlearn", "unlearning")
+    _tag_names: tuple[str, ...] = ("hf_unlearn", "unlearning")
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class UnlearningTrainer(Lifecycle):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The step's objective on one micro-batch, scaled so that micro-batches and ranks add up to the global means."""
+        """The objective on one micro-batch, scaled so that micro-batches and ranks add up to the global means."""
         forget, retains = self._loss_terms(model, inputs)
         counts = self.ledger.counts
         world = self.accelerator.num_processes  # engines average gradients over ranks; our denominators are global
@@ -298,7 +299,7 @@ class UnlearningTrainer(Lifecycle):
         }
         return term, retains
 
-    def _retain_term(self, model: Any, batch: Mapping[str, Tensor]) -> LossOutput:
+    def _retain_term(self, model: Any, batch: dict[str, Tensor]) -> LossOutput:
         """Retain loss of one padded batch of a single set."""
         (logits,) = forward_logits(model, [batch])
         ref = None

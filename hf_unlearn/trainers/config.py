@@ -1,10 +1,10 @@
-"""Arguments of [`UnlearningTrainer`]: TrainingArguments plus what to forget with, what to keep with, and how to read data."""
+"""Arguments of [`UnlearningTrainer`]: TrainingArguments plus the losses and how data is read."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -23,8 +23,8 @@ class UnlearningConfig(TrainingArguments):
 
     Args:
         forget_loss (`str`, *optional*, defaults to `"npo"`):
-            `"lmf"`, `"kl_uniform"`, `"entropy"`, `"grad_ascent"`, `"wga"`, `"satimp"`, `"undial"`, `"npo"`, `"simnpo"`,
-            `"dpo"` (IdkDPO: a refusal against the forget answer) or `"idk_nll"` (NLL of a refusal).
+            `"lmf"`, `"kl_uniform"`, `"entropy"`, `"grad_ascent"`, `"wga"`, `"satimp"`, `"undial"`, `"npo"`,
+            `"simnpo"`, `"dpo"` (IdkDPO: a refusal against the forget answer) or `"idk_nll"` (NLL of a refusal).
         forget_loss_kwargs (`dict`, *optional*):
             Parameters of the forget loss, e.g. `{"beta": 0.1}`; unknown names are an error. See `docs/losses.md`.
         retain_loss (`str`, *optional*, defaults to `"nll"`):
@@ -67,11 +67,15 @@ class UnlearningConfig(TrainingArguments):
     `remove_unused_columns=False`.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "forget_loss_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "forget_loss_kwargs",
+    ]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X optimizer steps."})
-    bf16: bool | None = field(  # type: ignore[assignment]  # None: decided by the hardware, as in TRL
+    bf16: bool | None = field(  # None: decided by the hardware, as in TRL
         default=None, metadata={"help": "Use bf16 mixed precision. Default: True where an accelerator supports it."}
     )
     remove_unused_columns: bool = field(
@@ -148,12 +152,10 @@ class UnlearningConfig(TrainingArguments):
 
     def _resolve_checkpointing(self) -> None:
         """On by default, under the name that the installed transformers has for it (renamed in 5.2x)."""
-        if not hasattr(self, "activation_checkpointing"):
-            return
-        if self.activation_checkpointing is None:
-            old = self.gradient_checkpointing
-            self.activation_checkpointing = True if old is None else old
-            self.gradient_checkpointing = None
+        if getattr(self, "activation_checkpointing", True) is None:
+            old = getattr(self, "gradient_checkpointing", None)
+            setattr(self, "activation_checkpointing", True if old is None else old)  # noqa: B010  # absent in old ones
+            setattr(self, "gradient_checkpointing", None)  # noqa: B010
 
 
 def _accelerator_has_bf16() -> bool:

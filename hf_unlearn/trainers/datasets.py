@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -15,7 +15,8 @@ from ..data import REFUSALS, prepare_dataset
 from ..losses import IGNORE_INDEX
 from .config import UnlearningConfig
 
-Rows = Dataset | IterableDataset
+# datasets is untyped for the checker; at run time a Dataset or an IterableDataset
+Rows: TypeAlias = Any
 MAX_SHARED_EVAL_ROWS = 512
 
 

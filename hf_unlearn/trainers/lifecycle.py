@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from ..losses import example_nll, nll_loss, token_log_probs
 from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
 from .measure import forward_logits, measure_sums, row_log_probs
 from .model_card import write_model_card
+from .objective import ForgetTarget
 from .state import load_method_state, resolve_checkpoint, save_method_state
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ FORGET_NLL = "forget_nll"
 
 class Lifecycle(Trainer):
     """The parts of [`UnlearningTrainer`] that are not its algorithm."""
+
+    control: TrainerControl
+    target: ForgetTarget | None
+    _window: dict[str, Tensor]
+    _window_steps: int
 
     # ---- before step 0 and after a stop --------------------------------------------------------------------------
 
@@ -61,8 +67,8 @@ class Lifecycle(Trainer):
         rows = self.data.forget
         if not isinstance(rows, Dataset):
             raise ValueError(
-                f'forget_loss="{self.objective.name}" caches one reference log-probability a row, which a stream has no '
-                "numbers for. Pass the forget_dataset as a map-style Dataset, or choose a loss without reference."
+                f'forget_loss="{self.objective.name}" caches one reference log-probability for each row, and a stream '
+                "has no row numbers. Pass the forget_dataset as a map-style Dataset, or choose a loss without reference."
             )
         kinds = ["answer", *(["alternative"] if self.objective.needs_alternative else [])]
         return {
@@ -96,7 +102,7 @@ class Lifecycle(Trainer):
     # ---- measuring -------------------------------------------------------------------------------------------------
 
     def measure_forget(self: UnlearningTrainer, model: Any, rows: Dataset | None = None) -> dict[str, float]:
-        """Global means over forget rows: `loss` (as trained on, not normalised) and `nll` (mean of the rows' mean NLL)."""
+        """Means over forget rows: `loss` (as trained on, not normalised) and `nll` (mean of the rows' mean NLL)."""
         labels = "alternative" if self.objective.name == "idk_nll" else "forget"
 
         def function(batch: dict[str, Any]) -> dict[str, Tensor]:

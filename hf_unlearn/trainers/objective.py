@@ -38,8 +38,12 @@ _LOSS_FUNCTIONS: dict[str, Callable[..., LossOutput]] = {
 }
 # Parameters a user may set by name; the rest of a signature is data.
 _DATA_ARGUMENTS = frozenset(
-    "logits labels weights ref_logits logps ref_logps num_tokens chosen_logps rejected_logps ref_chosen_logps "
-    "ref_rejected_logps num_chosen_tokens num_rejected_tokens".split()
+    {
+        *("logits", "labels", "weights", "ref_logits"),
+        *("logps", "ref_logps", "num_tokens"),
+        *("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"),
+        *("num_chosen_tokens", "num_rejected_tokens"),
+    }
 )
 
 
@@ -149,7 +153,8 @@ class ForgetObjective:
             return function(logps, batch.ref_logps, num_tokens=num_tokens, **kwargs)
         if self.name == "simnpo":
             return function(logps, num_tokens, **kwargs)
-        assert batch.alternative_logits is not None and batch.alternative_labels is not None
+        assert batch.alternative_logits is not None
+        assert batch.alternative_labels is not None
         chosen, num_chosen = losses.sequence_log_probs(batch.alternative_logits, batch.alternative_labels)
         return function(
             chosen,

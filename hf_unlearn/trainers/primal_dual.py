@@ -50,9 +50,7 @@ class PrimalDualTrainer(UnlearningTrainer):
         assert isinstance(args, PrimalDualConfig)
         super()._check_arguments(args)
         if not self.data.retain:
-            raise ValueError(
-                "retain_dataset is missing. The constraint of the primal-dual method is a limit on its loss."
-            )
+            raise ValueError("retain_dataset is missing. The primal-dual constraint is a limit on its loss.")
         for name in ("retain_eps", "retain_tolerance", "retain_margin"):
             value = getattr(args, name)
             if isinstance(value, dict) and set(value) != set(self.data.retain):
@@ -66,12 +64,12 @@ class PrimalDualTrainer(UnlearningTrainer):
             raise ValueError("retain_weight is learned by the primal-dual method; set dual_init instead.")
         if args.retain_loss == "kl" and args.retain_eps is None:
             raise ValueError(
-                'With retain_loss="kl" the loss before step 0 is 0, so relative limits mean nothing: give retain_eps, the '
-                "divergence in nats per token that is allowed."
+                'With retain_loss="kl" the loss before step 0 is 0, so relative limits mean nothing: give retain_eps, '
+                "the divergence in nats per token that is allowed."
             )
-        if args.dual_warmup_steps is None and args.dual_warmup_epochs > 0:
-            if any(isinstance(rows, IterableDataset) for rows in (self.data.forget, *self.data.retain.values())):
-                raise ValueError("A stream has no epochs to count the warm start in: set dual_warmup_steps.")
+        streams = any(isinstance(rows, IterableDataset) for rows in (self.data.forget, *self.data.retain.values()))
+        if streams and args.dual_warmup_steps is None and args.dual_warmup_epochs > 0:
+            raise ValueError("A stream has no epochs to count the warm start in: set dual_warmup_steps.")
         if args.forget_target == "holdout" and self.data.holdout is None:
             self._wrong_answers = wrong_answers(self._calibration_rows(next(iter(self.data.retain))), args.seed)
 
@@ -157,7 +155,7 @@ class PrimalDualTrainer(UnlearningTrainer):
     def retain_weights(self) -> dict[str, Tensor | float]:
         """The multipliers, constant within a step."""
         if self.duals is None:  # evaluate() before train()
-            return {name: self.args.dual_init for name in self.data.retain}
+            return dict.fromkeys(self.data.retain, self.args.dual_init)
         return dict(self.duals.weights())
 
     def after_step(self, means: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -121,8 +121,8 @@ class PrimalDualConfig(UnlearningConfig):
                 limits[name] = value
         if len(limits) > 1:
             raise ValueError(
-                f"{' and '.join(limits)} are given; expected one of retain_eps (absolute), retain_tolerance (relative) "
-                "and retain_margin (additive)."
+                f"{' and '.join(limits)} are given; expected one of retain_eps (absolute), retain_tolerance "
+                "(relative) and retain_margin (additive)."
             )
         if not limits:
             self.retain_margin = 0.015

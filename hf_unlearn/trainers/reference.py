@@ -1,4 +1,4 @@
-"""The model before unlearning: its logits from the base under the adapter or from a frozen copy, its log-probs cached."""
+"""The model before unlearning: logits from the base under the adapter, or from a frozen copy."""
 
 from __future__ import annotations
 
