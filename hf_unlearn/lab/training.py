@@ -81,6 +81,7 @@ def sft(
 ) -> PreTrainedModel:
     """Fine-tunes `model` on question-answer rows with TRL's SFTTrainer, loss on the answers only."""
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from ..progress import QuietProgressCallback
@@ -113,7 +114,7 @@ def sft(
             logging_steps=50,
             report_to="none",
             disable_tqdm=True,
-            use_cpu=None if _has_gpu() else True,
+            use_cpu=None if has_gpu() else True,
         )
         trainer = SFTTrainer(
             model=model,
@@ -122,11 +123,13 @@ def sft(
             processing_class=tokenizer,
             callbacks=[QuietProgressCallback(f"training {description}")],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return model.eval()
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether torch sees an accelerator."""
     import torch
 
     return torch.accelerator.is_available()

@@ -237,7 +237,7 @@ class Lifecycle(Trainer):
 
     def log(self: UnlearningTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the terms since the last log to what the Trainer reports."""
-        if self._window_steps and not any(key.startswith("eval_") for key in logs):
+        if self._window_steps and "learning_rate" in logs:
             stacked = torch.stack([value.double() for value in self._window.values()]) / self._window_steps
             means = dict(zip(self._window, stacked.tolist(), strict=True))
             logs = {**logs, **self._log_names(means), "num_tokens": self.tokens_seen}

@@ -73,6 +73,21 @@ class PrimalDualTrainer(UnlearningTrainer):
         if args.forget_target == "holdout" and self.data.holdout is None:
             self._wrong_answers = wrong_answers(self._calibration_rows(next(iter(self.data.retain))), args.seed)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`UnlearningTrainer.train`]; then measures the returned model and says whether it is feasible."""
+        output = super().train(resume_from_checkpoint, **kwargs)
+        metrics = self.evaluate(metric_key_prefix="final")
+        assert self.feasibility is not None
+        output.metrics.update({key: value for key, value in metrics.items() if key.startswith("final_")})
+        for row in self.feasibility:
+            if not row["feasible"]:
+                logger.warning(
+                    f"Infeasible: the loss on retain set {row['name']!r} is {row['loss']:.4g}, above its limit eps = "
+                    f"{row['eps']:.4g}. The returned model is the one that violates the constraints least. Raise the "
+                    "limit, lower the learning rate, or train longer."
+                )
+        return output
+
     # ---- before step 0 ---------------------------------------------------------------------------------------------
 
     def calibrate(self, model: Any) -> None:
