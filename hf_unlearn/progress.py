@@ -62,3 +62,15 @@ class QuietProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to our own bars: no tokenisation bars, no informational warnings of other libraries."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)

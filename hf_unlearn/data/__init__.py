@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chunk import chunk_text
     from .collator import UnlearningCollator, pad_rows
     from .formats import ACCEPTED_FORMATS, DatasetFormat, detect_format
     from .paired import EpochSampler, PairedDataset
@@ -29,6 +30,7 @@ _OWNERS = {
     "TOFU_HUB_ID": "tofu",
     "TOFU_SPLITS": "tofu",
     "UnlearningCollator": "collator",
+    "chunk_text": "chunk",
     "detect_format": "formats",
     "load_tofu": "tofu",
     "pad_rows": "collator",
@@ -49,6 +51,7 @@ __all__ = [
     "PairedIterableDataset",
     "Pairing",
     "UnlearningCollator",
+    "chunk_text",
     "detect_format",
     "load_tofu",
     "pad_rows",

@@ -113,12 +113,16 @@ class EpochSampler(Sampler[int]):
             Non-negative seed.
         shuffle (`bool`, *optional*, defaults to `True`):
             `False` reads in order.
+        group (`int`, *optional*):
+            Sorts every run of this many shuffled items by the length of the forget row, longest first, so that batches
+            need little padding. A multiple of the rows of a step.
     """
 
-    def __init__(self, dataset: PairedDataset, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(self, dataset: PairedDataset, seed: int, *, shuffle: bool = True, group: int | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
         self.shuffle = shuffle
+        self.group = group
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -127,5 +131,10 @@ class EpochSampler(Sampler[int]):
         size = len(self.dataset)
         if not self.shuffle:
             yield from range(size)
-        else:
-            yield from permutation(self.seed, "order of items", size, self.dataset.epoch).tolist()
+            return
+        order = permutation(self.seed, "order of items", size, self.dataset.epoch).tolist()
+        if self.group is not None:
+            lengths = self.dataset.lengths
+            runs = (order[start : start + self.group] for start in range(0, size, self.group))
+            order = [item for run in runs for item in sorted(run, key=lambda item: -lengths[item])]
+        yield from order

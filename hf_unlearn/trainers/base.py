@@ -24,11 +24,11 @@ from .accounting import (
     sum_counts,
 )
 from .config import UnlearningConfig
-from .datasets import prepare
+from .datasets import order_seed, prepare
 from .hooks import SetupCallback
 from .lifecycle import FORGET_NLL, Lifecycle
 from .measure import forward_logits
-from .model_setup import add_adapter, check_causal_lm, check_lengths, load_model, load_tokenizer
+from .model_setup import add_adapter, check_causal_lm, check_lengths, check_row_lengths, load_model, load_tokenizer
 from .objective import ForgetBatch, ForgetObjective, ForgetTarget, retain_loss, targeted_forget_loss
 from .reference import ReferenceModel
 
@@ -112,6 +112,8 @@ class UnlearningTrainer(Lifecycle):
             args=args,
             with_refusals=self.objective.needs_alternative,
         )
+        if args.max_length is None:
+            check_row_lengths(model, {"forget": self.data.forget, **self.data.retain, **self.data.retain_eval})
         self._check_arguments(args)
         self._fresh_adapter = peft_config is not None
         model = add_adapter(model, peft_config, args)
@@ -194,17 +196,18 @@ class UnlearningTrainer(Lifecycle):
             # Every process reads the stream and keeps its share; dispatching from rank 0 cannot split nested batches.
             args.accelerator_config.dispatch_batches = False
             block = args.per_device_train_batch_size * args.world_size
-            return PairedIterableDataset(forget, retain, seed=args.seed, block_size=block)
+            return PairedIterableDataset(forget, retain, seed=order_seed(args), block_size=block)
         sizes = {"forget": len(forget), **{name: len(rows) for name, rows in retain.items()}}
-        return PairedDataset(forget, retain, Pairing(sizes=sizes, cycle=args.cycle, seed=args.data_seed or args.seed))  # type: ignore[arg-type]
+        return PairedDataset(forget, retain, Pairing(sizes=sizes, cycle=args.cycle, seed=order_seed(args)))  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        seed = self.args.data_seed or self.args.seed
+        seed = order_seed(self.args)
         if self.args.train_sampling_strategy == "sequential":
             return EpochSampler(dataset, seed, shuffle=False)
         if self.args.train_sampling_strategy == "group_by_length":
-            return super()._get_train_sampler(train_dataset)
+            step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            return EpochSampler(dataset, seed, group=50 * step)
         return EpochSampler(dataset, seed)
 
     def _set_signature_columns_if_needed(self) -> None:

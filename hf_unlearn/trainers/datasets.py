@@ -18,6 +18,9 @@ from .config import UnlearningConfig
 # datasets is untyped for the checker; at run time a Dataset or an IterableDataset
 Rows: TypeAlias = Any
 MAX_SHARED_EVAL_ROWS = 512
+# A model that knows the retain rows recognises an exchanged answer after some tokens and completes it by heart: on the
+# TOFU lab model the NLL falls from 7 nats at tokens 2-6 to 1.5 behind token 20. Only the beginning is unseen text.
+WRONG_ANSWER_TOKENS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ def prepare(
         forget=forget_rows,
         retain=train,
         retain_eval=held_out,
-        forget_eval=first_rows(forget_rows, args.forget_eval_size, args.seed),
+        forget_eval=first_rows(numbered(forget_rows), args.forget_eval_size, args.seed),
         holdout=None if holdout is None else first_rows(tokenise(holdout, "holdout_dataset"), 10**9, args.seed),
         evaluation={
             name: first_rows(tokenise(dataset, f"eval_dataset[{name!r}]"), 10**9, args.seed)
@@ -121,6 +124,16 @@ def hold_out(rows: Rows, size: float, seed: int) -> tuple[Rows, Dataset]:
     return rows.select(sorted(order[count:].tolist())), rows.select(sorted(order[:count].tolist()))
 
 
+def numbered(rows: Rows) -> Rows:
+    """Rows with their number as `index`, the key of what is cached for each; a stream has none."""
+    return rows if isinstance(rows, IterableDataset) else rows.add_column("index", list(range(len(rows))))
+
+
+def order_seed(args: UnlearningConfig) -> int:
+    """Seed of the order of the data: `data_seed`, or `seed` without one (0 is a seed too)."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def first_rows(rows: Rows, limit: int, seed: int) -> Dataset:
     """At most `limit` rows as a map-style dataset: a seeded sample of a table, the beginning of a stream."""
     if isinstance(rows, IterableDataset):
@@ -132,7 +145,7 @@ def first_rows(rows: Rows, limit: int, seed: int) -> Dataset:
 
 def wrong_answers(rows: Dataset, seed: int, limit: int = 512) -> Dataset:
     """
-    Questions with another row's answer: text that the model has not seen, made from rows that it has.
+    Questions with the beginning of another row's answer: text the model has not seen, made from rows that it has.
 
     Args:
         rows (`Dataset`):
@@ -150,7 +163,8 @@ def wrong_answers(rows: Dataset, seed: int, limit: int = 512) -> Dataset:
         labels = row["labels"]
         start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
         prompts.append(row["input_ids"][:start])
-        answers.append([token for token, label in zip(row["input_ids"], labels, strict=True) if label != IGNORE_INDEX])
+        answer = [token for token, label in zip(row["input_ids"], labels, strict=True) if label != IGNORE_INDEX]
+        answers.append(answer[:WRONG_ANSWER_TOKENS])
     if not all(prompts):
         raise ValueError(
             'forget_target="holdout" needs text the model has never seen. The retain rows have no prompt to pair with '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerControl
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..losses import example_nll, nll_loss, token_log_probs
 from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
 from .measure import forward_logits, measure_sums, row_log_probs
 from .model_card import write_model_card
 from .objective import ForgetTarget
-from .state import load_method_state, resolve_checkpoint, save_method_state
+from .state import explain_storage_errors, load_method_state, resolve_checkpoint, save_method_state
 
 if TYPE_CHECKING:
     from .base import UnlearningTrainer
@@ -50,7 +52,7 @@ class Lifecycle(Trainer):
 
     def set_up(self: UnlearningTrainer) -> None:
         """Calibrates before step 0, or restores; called once the engine has wrapped the model."""
-        if self.reference is not None and not self._is_set_up:
+        if self.reference is not None:
             self.reference.prepare(self.accelerator)
         self._window, self._window_steps = {}, 0
         if self._resume_from is not None:
@@ -68,7 +70,7 @@ class Lifecycle(Trainer):
         if not isinstance(rows, Dataset):
             raise ValueError(
                 f'forget_loss="{self.objective.name}" caches one reference log-probability for each row, and a stream '
-                "has no row numbers. Pass the forget_dataset as a map-style Dataset, or choose a loss without reference."
+                "has no row numbers. Pass the forget_dataset as a map-style Dataset, or choose another loss."
             )
         kinds = ["answer", *(["alternative"] if self.objective.needs_alternative else [])]
         return {
@@ -193,8 +195,14 @@ class Lifecycle(Trainer):
         from .datasets import first_rows, named_datasets
 
         model = self._model_for_evaluation()
+        if not self._is_set_up:  # evaluate() before train(): the model as it came is its own reference
+            if self.reference is not None:
+                self.reference.prepare(self.accelerator)
+            if self.objective.needs_reference_logps and not self.reference_logps:
+                self.reference_logps = self._cache_reference(model)
         forget = self.measure_forget(model)
         retain = {name: self.measure_retain(model, rows, name) for name, rows in self.data.retain_eval.items()}
+        self._check_measured({FORGET: forget["loss"], **{retain_key(name): loss for name, loss in retain.items()}})
         weights = {name: float(weight) for name, weight in self.retain_weights().items()}
         metrics = {
             "loss": self.args.forget_weight * forget["loss"] / self.normalizer
@@ -228,6 +236,15 @@ class Lifecycle(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_measured(self: UnlearningTrainer, losses: Mapping[str, float]) -> None:
+        """Stops training before a checkpoint of broken weights is written (or chosen)."""
+        bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if bad and self.is_in_train:
+            raise FloatingPointError(
+                f"Evaluation after step {self.state.global_step}: {', '.join(bad)} is not finite, so the last steps "
+                "broke the weights. No checkpoint was written. Resume from an earlier one with a lower learning rate."
+            )
 
     def evaluation_metrics(self, forget: Mapping[str, float], retain: Mapping[str, float]) -> dict[str, float]:
         """More metrics of a method for `evaluate()`, from measured global means."""
@@ -273,21 +290,19 @@ class Lifecycle(Trainer):
             OSError: the disk is full or not writable; the message names the folder and what to do.
         """
         folder = output_dir or self.args.output_dir
-        try:
-            super().save_model(output_dir, _internal_call)
+        with explain_storage_errors(folder):
+            super().save_model(output_dir, _internal_call=True)  # the push comes below, with the method's state
             if self.args.should_save:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 save_method_state(folder, self.method, self.method_state(), self.reference_logps)
-        except Exception as error:
-            if _is_storage_error(error):
-                raise OSError(
-                    f"Saving to {folder} failed: {error}. Free space or choose another output_dir; what this folder "
-                    "holds may be incomplete. Earlier checkpoints are untouched: continue with "
-                    "train(resume_from_checkpoint=True) after removing this folder."
-                ) from error
-            raise
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self: UnlearningTrainer, model: Any, trial: Any) -> None:
+        """As the Trainer's; a disk that fills up with the optimizer's state is explained as in `save_model`."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with explain_storage_errors(folder):
+            super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self: UnlearningTrainer,
@@ -300,11 +315,3 @@ class Lifecycle(Trainer):
         if self.is_world_process_zero():
             extra = [tags] if isinstance(tags, str) else list(tags or [])
             write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=[*self._tag_names, *extra])
-
-
-def _is_storage_error(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return True
-    # safetensors and torch report a full disk as their own errors
-    text = str(error).lower()
-    return "no space left" in text or "i/o error" in text or "ioerror" in text

@@ -56,7 +56,7 @@ def rank_batches(
     bar = tqdm(starts, desc=description, disable=description is None or not accelerator.is_main_process, leave=False)
     for start in bar:
         chosen = order[start : start + per_step][rank::world]
-        items = [{**rows[i], "index": i} for i in chosen]
+        items = [{"index": i, **rows[i]} for i in chosen]  # rows that bring their number keep it
         if not items:
             blank = rows[order[-1]]
             items = [{**blank, "labels": [IGNORE_INDEX] * len(blank["labels"]), "index": -1}]

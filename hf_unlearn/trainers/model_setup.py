@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available, logging
 
@@ -115,6 +117,23 @@ def check_lengths(model: Any, args: UnlearningConfig) -> None:
             f"max_length is {args.max_length}, but {type(model).__name__} has {positions} positions. "
             f"Set max_length to {positions} or less."
         )
+
+
+def check_row_lengths(model: Any, datasets: Mapping[str, Any]) -> None:
+    """
+    Refuses rows longer than the model can read where `max_length=None` cuts nothing; streams are not read for it.
+
+    Raises:
+        ValueError: a row has more tokens than the model has positions.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, rows in datasets.items():
+        longest = max(map(len, rows["input_ids"])) if positions and isinstance(rows, Dataset) else 0
+        if positions and longest > positions:
+            raise ValueError(
+                f"The {name} dataset has a row of {longest} tokens, but {type(model).__name__} has {positions} "
+                f"positions and max_length=None cuts nothing. Set max_length={positions}, or split long rows."
+            )
 
 
 def add_adapter(model: Any, peft_config: PeftConfig | None, args: UnlearningConfig) -> Any:

@@ -33,8 +33,8 @@ class PrimalDualTrainer(UnlearningTrainer):
         every step:   theta  <- optimizer step on  L_f(theta) + sum_k lambda_k (L_r^k(theta) - eps_k)
                       lambda <- clip(lambda + eta (L_r(theta) - eps), 0, lambda_max)
 
-    Losses and multipliers are those of the whole optimizer step: summed over its micro-batches and over all ranks. With
-    `load_best_model_at_end` (the default) the model that `train()` leaves behind is the best *feasible* checkpoint.
+    Losses and multipliers are those of the whole optimizer step: summed over its micro-batches and over all ranks.
+    With `load_best_model_at_end` (the default) `train()` leaves behind the best *feasible* checkpoint.
 
     Arguments are those of [`UnlearningTrainer`], with [`PrimalDualConfig`] as `args` and a required `retain_dataset`.
     """
@@ -100,8 +100,8 @@ class PrimalDualTrainer(UnlearningTrainer):
             if constraint.eps is not None and constraint.eps < 0.5 * reference:
                 logger.warning(
                     f"retain set {name!r}: eps = {constraint.eps:.4g} is below half of the loss before step 0 "
-                    f"({reference:.4g}). The model would have to become better at it than it is, which forgetting does "
-                    "not do: expect an infeasible run. Use retain_margin or retain_tolerance to calibrate eps."
+                    f"({reference:.4g}). The model would have to become better at it than it is, which forgetting "
+                    "does not do: expect an infeasible run. Use retain_margin or retain_tolerance to calibrate eps."
                 )
             constraints.append(constraint)
         self.duals = self._new_duals(constraints)
@@ -191,8 +191,9 @@ class PrimalDualTrainer(UnlearningTrainer):
         """Violations on held-out rows, feasibility, and the score that chooses the best feasible checkpoint."""
         if self.duals is None:
             return {}
-        if self.args.dual_update == "epoch" and self.is_in_train:
-            self.duals.ascend(retain)
+        finished_epochs = math.floor((self.state.epoch or 0.0) + 1e-6)
+        if self.args.dual_update == "epoch" and self.is_in_train and self.duals.updates < finished_epochs:
+            self.duals.ascend(retain)  # once an epoch, however often is evaluated
         self.feasibility = self.duals.summary(retain)
         slack = self.args.feasibility_slack
         for row in self.feasibility:

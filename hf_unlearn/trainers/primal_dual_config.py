@@ -20,7 +20,7 @@ class PrimalDualConfig(UnlearningConfig):
     The limit of a retain set is given in one of three ways, as a number or as a number for each set:
     `retain_eps` (absolute, nats per token), `retain_tolerance` (relative to the loss before step 0), or
     `retain_margin` (in nats above the loss before step 0; `exp(-margin)` is the factor by which the geometric mean
-    probability of the retained text may fall). Without any, `retain_margin=0.015`: at most 1.5% of it.
+    probability of the retained text may fall). Without any, `retain_margin=0.03`: at most 3% of it.
 
     Args:
         forget_loss (`str`, *optional*, defaults to `"lmf"`):
@@ -125,11 +125,16 @@ class PrimalDualConfig(UnlearningConfig):
                 "(relative) and retain_margin (additive)."
             )
         if not limits:
-            self.retain_margin = 0.015
+            self.retain_margin = 0.03
         self.forget_target = _parse_target(self.forget_target)
         check_choice("forget_target_by", self.forget_target_by, ("example", "token"))
         check_choice("forget_target_mode", self.forget_target_mode, get_args(TargetMode))
         check_choice("dual_update", self.dual_update, get_args(DualUpdate))
+        if self.dual_update == "epoch" and self.eval_strategy == "no":
+            raise ValueError(
+                'dual_update="epoch" moves the multipliers when the held-out retain rows are evaluated, and '
+                'eval_strategy="no" never does. Set eval_strategy="epoch", or dual_update="step".'
+            )
         _check_range("dual_init", self.dual_init, low=0.0)
         _check_range("dual_lr", self.dual_lr, low=0.0, open_low=True)
         _check_range("dual_warmup_epochs", self.dual_warmup_epochs, low=0.0)

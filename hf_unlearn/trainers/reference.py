@@ -45,10 +45,12 @@ class ReferenceModel:
             )
         self._adapter_off = policy != "copy" and is_peft_model(model) and fresh_adapter
         self._copy: Any = None if self._adapter_off else copy.deepcopy(model).eval().requires_grad_(False)
+        self._prepared = False
 
     def prepare(self, accelerator: Any) -> None:
         """Moves or wraps a frozen copy the way the engine wants it; once, before the first forward pass."""
-        if self._copy is not None:
+        if self._copy is not None and not self._prepared:
+            self._prepared = True
             if accelerator.distributed_type.value == "DEEPSPEED":
                 self._copy = _prepare_deepspeed(self._copy, accelerator)
             else:

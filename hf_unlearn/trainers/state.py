@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from transformers.trainer_utils import get_last_checkpoint
 STATE_FILE = "unlearning_state.json"
 LOGPS_FILE = "reference_log_probs.safetensors"
 STATE_VERSION = 1
+_STORAGE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+)
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
@@ -34,6 +39,41 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if not Path(resume_from_checkpoint).is_dir():
         raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder.")
     return str(resume_from_checkpoint)
+
+
+class SaveError(OSError):
+    """A model or checkpoint could not be written; the message names the folder and what to do."""
+
+
+@contextmanager
+def explain_storage_errors(folder: str | Path) -> Iterator[None]:
+    """
+    Turns what a full or missing disk raises within the block into one clear error.
+
+    Raises:
+        SaveError: with the folder, the cause and what to do.
+    """
+    try:
+        yield
+    except SaveError:  # explained already by an inner block
+        raise
+    except Exception as error:
+        if not _is_storage_error(error):
+            raise
+        raise SaveError(
+            f"Saving to {folder} failed: {error}. Is the disk full? Free space or choose another output_dir; what "
+            "this folder holds may be incomplete. Earlier checkpoints are untouched: continue with "
+            "train(resume_from_checkpoint=True) after removing this folder."
+        ) from error
+
+
+def _is_storage_error(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _STORAGE_ERRORS  # a failed upload is an OSError too
+    # safetensors and torch.save report a full disk as errors of their own (seen: "I/O error: No space left on device",
+    # "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", "PytorchStreamWriter failed")
+    text = str(error).lower()
+    return any(sign in text for sign in ("no space left", "i/o error", "inline_container", "pytorchstreamwriter"))
 
 
 def save_method_state(folder: str | Path, method: str, state: Mapping[str, Any], logps: Mapping[str, Tensor]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 
 from hf_unlearn.data import UnlearningCollator
-from hf_unlearn.trainers import PrimalDualConfig, UnlearningConfig
+from hf_unlearn.trainers import PrimalDualConfig, PrimalDualTrainer, UnlearningConfig, UnlearningTrainer
 
 # renamed in transformers 5.2x
 CHECKPOINTING = (
@@ -117,3 +118,72 @@ def row_nll(model: Any, row: dict[str, Any], prefix: str = "") -> torch.Tensor:
     """NLL `(n,)` of the labelled tokens of one row."""
     logits, targets = row_logits(model, row, prefix)
     return -logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+def lora(**kwargs):
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs)
+
+
+def unlearning(lab, folder, *, model=None, callbacks=None, peft_config=None, inputs=None, **kwargs):
+    torch.manual_seed(0)  # a fresh adapter is drawn from the global state
+    arguments = {
+        "forget_dataset": lab.forget,
+        "retain_dataset": {"people": lab.retain, "facts": lab.facts},
+        "processing_class": lab.tokenizer,
+        **(inputs or {}),
+    }
+    return UnlearningTrainer(
+        model=model if model is not None else lab.model(trained=True),
+        args=config(folder, **{"max_steps": 3, **kwargs}),
+        peft_config=peft_config,
+        callbacks=callbacks,
+        **arguments,
+    )
+
+
+def primal_dual(lab, folder, *, model=None, inputs=None, peft_config=None, **kwargs):
+    torch.manual_seed(0)
+    arguments = {
+        "forget_dataset": lab.forget,
+        "retain_dataset": {"people": lab.retain, "facts": lab.facts},
+        "holdout_dataset": lab.holdout,
+        "processing_class": lab.tokenizer,
+        **(inputs or {}),
+    }
+    return PrimalDualTrainer(
+        model=model if model is not None else lab.model(trained=True),
+        args=pd_config(folder, **{"max_steps": 3, "dual_warmup_steps": 1, **kwargs}),
+        peft_config=peft_config,
+        **arguments,
+    )
+
+
+def stream(rows):
+    return IterableDataset.from_generator(lambda: iter(rows.to_list()))
+
+
+@torch.no_grad()
+def mean_nll(model, rows):
+    """Mean over all tokens, and mean over rows of the row's mean."""
+    values = [row_nll(model, row) for row in rows]
+    return torch.cat(values).mean().item(), torch.stack([value.mean() for value in values]).mean().item()
+
+
+def build(lab, folder, trainer_class=PrimalDualTrainer, **kwargs):
+    """A trainer that would work, with some of its arguments replaced; unknown ones go to its configuration."""
+    inputs = {
+        "model": None,
+        "forget_dataset": lab.forget,
+        "retain_dataset": lab.retain,
+        "processing_class": lab.tokenizer,
+        "holdout_dataset": None,
+        "peft_config": None,
+        "callbacks": None,
+        "args": None,
+    }
+    inputs.update({key: kwargs.pop(key) for key in list(kwargs) if key in inputs})
+    make = pd_config if trainer_class is PrimalDualTrainer else config
+    inputs["args"] = inputs["args"] or make(folder, **{"max_steps": 2, **kwargs})
+    if inputs["model"] is None:
+        inputs["model"] = lab.model(trained=True)
+    return trainer_class(**inputs)

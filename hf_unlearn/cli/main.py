@@ -1,0 +1,116 @@
+"""`hf-unlearn`: one command for the quickstart, the trainers, the lab, and a bug report's environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+COMMANDS = {
+    "quickstart": ("quickstart", "train, unlearn, evaluate and report on the embedded world, in minutes, offline"),
+    "primal-dual": ("train", "forget under hard limits on the retain losses (PrimalDualTrainer)"),
+    "unlearn": ("train", "forget by a weighted sum of losses (UnlearningTrainer): GradDiff, NPO, SimNPO, ..."),
+    "sft": ("sft", "fine-tune a target or a retain-only reference with TRL's SFTTrainer"),
+    "lab": ("lab", "compare methods on a small model: hf-unlearn lab tofu --data FOLDER"),
+    "env": ("env", "print versions and devices for a bug report"),
+}
+# Commands that may run in several processes.
+_LAUNCHED = ("primal-dual", "unlearn", "sft")
+ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code. User errors are printed in one line, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from .._version import __version__
+
+        print(f"hf-unlearn {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"hf-unlearn: unknown command {command!r}; expected one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        if command in _LAUNCHED and (launch := _launch_arguments(rest)) is not None:
+            return _launch(command, *launch)
+        run: Callable[[str, list[str]], int] = import_module(f".{COMMANDS[command][0]}", __package__).run
+        return run(command, rest)
+    except KeyboardInterrupt:
+        print("hf-unlearn: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, OSError, ImportError) as error:
+        if os.environ.get("HF_UNLEARN_DEBUG"):
+            raise
+        print(f"hf-unlearn {command}: error: {error}", file=sys.stderr)
+        print("(set HF_UNLEARN_DEBUG=1 for the traceback)", file=sys.stderr)
+        return 1
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: hf-unlearn COMMAND [--config FILE.yaml] [--accelerate_config NAME] [--field value ...]", ""]
+    lines += [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "hf-unlearn COMMAND --help lists the fields of a command."]
+    return "\n".join(lines)
+
+
+def _launch_arguments(rest: list[str]) -> tuple[list[str], list[str]] | None:
+    """Splits off what belongs to the launcher: (accelerate's arguments, ours); None: run in this process."""
+    ours, launcher = [], []
+    config: str | None = None
+    position = 0
+    while position < len(rest):
+        name, _, value = rest[position].partition("=")
+        if name in ("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"):
+            if not value:
+                position += 1
+                if position >= len(rest):
+                    raise ValueError(f"{name} needs a value.")
+                value = rest[position]
+            if name == "--accelerate_config":
+                config = value
+            else:
+                launcher += [name, value]
+        else:
+            ours.append(rest[position])
+        position += 1
+    if config is None and not launcher:
+        return None
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            "--accelerate_config starts processes, but this is one of several already (torchrun, accelerate launch). "
+            "Give the configuration to the outer launcher."
+        )
+    return ["--config_file", str(accelerate_config(config or "ddp")), *launcher], ours
+
+
+def accelerate_config(name: str) -> Path:
+    """
+    The file of a shipped configuration, or the file that is named.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in ACCELERATE_CONFIGS:
+        return Path(__file__).parent / "accelerate_configs" / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"accelerate_config is {name!r}; expected a file, or one of: {', '.join(ACCELERATE_CONFIGS)}.")
+
+
+def _launch(command: str, launcher: list[str], ours: list[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    parser = launch_command_parser()
+    launch_command(parser.parse_args([*launcher, "--module", "hf_unlearn.cli.main", command, *ours]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Compares methods on one target and one reference: resumable, one JSON file a run, one table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..metrics.functional import harmonic_mean
+from ..metrics.scores import TofuScores
+from .evaluate import score_model
+from .memory import PeakMemory
+from .methods import LabMethod, run_method
+from .quickstart import describe
+from .recipe import LabData, LabRecipe
+from .training import LabModel, train_retain_only, train_target
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("forget_probability", "forget prob."),
+    ("forget_rouge", "forget ROUGE"),
+    ("forget_paraphrased_question_probability", "paraphrased"),
+    ("forget_truth_ratio", "truth ratio"),
+    ("forget_quality", "forget quality"),
+    ("mia_auc", "MIA AUC"),
+    ("retain_probability", "retain prob."),
+    ("retain_rouge", "retain ROUGE"),
+    ("real_authors_plain_probability", "real authors"),
+    ("world_facts_plain_probability", "world facts"),
+    ("model_utility", "utility"),
+    ("score", "score"),
+    ("seconds", "seconds"),
+    ("peak_mib", "peak MiB"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One model in the table: numbers by column, and what was run."""
+
+    name: str
+    label: str
+    seed: int | None
+    values: Mapping[str, float]
+    constraints: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_bench(
+    data: LabData,
+    methods: Sequence[LabMethod],
+    output_dir: str | Path,
+    *,
+    recipe: LabRecipe | None = None,
+    seeds: Sequence[int] = (0,),
+    max_new_tokens: int = 200,
+    retain_limit: int | None = None,
+    report: Callable[[str], None] = print,
+) -> list[BenchRow]:
+    """
+    Trains (or loads) target and reference, runs every method with every seed, and writes `table.md` and `table.json`.
+
+    A run that is complete in `output_dir/runs/` is not repeated, so the bench resumes where it was stopped.
+
+    Args:
+        data ([`LabData`]):
+            The world.
+        methods (`Sequence[LabMethod]`):
+            What to compare.
+        output_dir (`str` or `Path`):
+            Receives `runs/*.json`, `scores/*.json`, `table.md` and `table.json`.
+        recipe ([`LabRecipe`], *optional*):
+            Of target and reference.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`):
+            Seeds of the unlearning runs; target and reference are the same for all.
+        max_new_tokens (`int`, *optional*, defaults to `200`):
+            Longest generated answer.
+        retain_limit (`int`, *optional*):
+            Score only so many retain rows.
+        report (`Callable`, *optional*):
+            Gets a line after each run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    recipe = recipe or LabRecipe()
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"retain_limit": retain_limit, "max_new_tokens": max_new_tokens}
+    rows: list[BenchRow] = []
+    anchors: dict[str, TofuScores] = {}
+    lab: LabModel | None = None
+    for name, train in (("target", train_target), ("reference", train_retain_only)):
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            trained = train(data, recipe)
+        seconds = 0.0 if trained.from_cache else time.perf_counter() - started
+        cache = folder / "scores" / f"{trained.path.name}.json"
+        anchors[name] = score_model(
+            trained.model, trained.tokenizer, data, cache=cache, description=f"evaluating {name}:", **options
+        )
+        extra = {} if trained.from_cache else {"seconds": seconds, "peak_mib": memory.bytes / 2**20}
+        rows.append(_row(name, f"{name} ({describe(trained)})", None, anchors[name], anchors, extra))
+        report(_line(rows[-1]))
+        lab = trained if name == "target" else lab
+    assert lab is not None
+    for seed in seeds:
+        for method in methods:
+            file = folder / "runs" / f"{method.name}-seed{seed}.json"
+            if not file.is_file():
+                model = AutoModelForCausalLM.from_pretrained(lab.path)
+                run = run_method(method, model, lab.tokenizer, data, seed=seed, bf16=recipe.bf16)
+                scores = score_model(
+                    run.trainer.model, lab.tokenizer, data, description=f"evaluating {method.label}:", **options
+                )
+                extra = {"seconds": run.seconds, "peak_mib": run.peak_bytes / 2**20}
+                row = _row(method.name, method.label, seed, scores, anchors, extra)
+                row = BenchRow(**{**row.__dict__, "constraints": run.constraints, "arguments": dict(method.arguments)})
+                _write_json(file, {**asdict(row), "history": run.history})
+            payload = json.loads(file.read_text(encoding="utf-8"))
+            payload.pop("history", None)
+            rows.append(BenchRow(**payload))
+            report(_line(rows[-1]))
+    write_tables(folder, rows)
+    return rows
+
+
+def _row(
+    name: str,
+    label: str,
+    seed: int | None,
+    scores: TofuScores,
+    anchors: Mapping[str, TofuScores],
+    extra: Mapping[str, float],
+) -> BenchRow:
+    values: dict[str, float] = dict(scores.summary())
+    reference = anchors.get("reference", scores if name == "reference" else None)
+    if reference is not None:
+        values["forget_quality"] = scores.forget_quality_against(reference)
+        values["mia_auc"] = scores.mia_auc_against(reference)
+    kept = values["retain_probability"] / anchors["target"].summary()["retain_probability"]
+    forgotten = [1 - values["forget_probability"], 1 - values["forget_rouge"]]
+    values["score"] = harmonic_mean([min(kept, 1.0), *forgotten])
+    return BenchRow(name=name, label=label, seed=seed, values={**values, **extra})
+
+
+def _line(row: BenchRow) -> str:
+    shown = ("forget_probability", "forget_quality", "retain_probability", "score", "seconds")
+    numbers = [f"{key.replace('_', ' ')} {row.values[key]:.4g}" for key in shown if key in row.values]
+    seed = "" if row.seed is None else f" (seed {row.seed})"
+    return f"{row.label}{seed}: " + ", ".join(numbers)
+
+
+def write_tables(folder: Path, rows: Sequence[BenchRow]) -> None:
+    """Writes all rows to `table.json`, and a Markdown table to `table.md`."""
+    _write_json(folder / "table.json", [asdict(row) for row in rows])
+    (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
+
+
+def markdown(rows: Sequence[BenchRow]) -> str:
+    """The rows as a Markdown table; numbers below 0.001 in scientific notation."""
+    columns = [(key, title) for key, title in COLUMNS if any(key in row.values for row in rows)]
+    lines = ["| method | seed | " + " | ".join(title for _, title in columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
+    for row in rows:
+        cells = [_number(row.values.get(key)) for key, _ in columns]
+        seed = "" if row.seed is None else str(row.seed)
+        lines.append(f"| {row.label} | {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}"
+
+
+def _write_json(file: Path, payload: Any) -> None:
+    from ..reports.plain import pull_non_finite, to_plain
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.partial")
+    finite, _ = pull_non_finite(to_plain(payload))
+    scratch.write_text(json.dumps(finite, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(scratch, file)
