@@ -146,19 +146,19 @@ def run_method(
     )
     extra = {} if method.trainer == "primal-dual" else {"save_strategy": "no"}
     with tempfile.TemporaryDirectory() as scratch:
-        args = config(
-            output_dir=str(output_dir or scratch),
-            seed=seed,
-            bf16=bf16,
-            logging_steps=5,
-            save_only_model=True,
-            report_to="none",
-            disable_tqdm=True,
-            per_device_eval_batch_size=64,
-            gradient_checkpointing=False,
-            use_cpu=not has_gpu(),
-            **{**extra, **SCHEDULE, **method.arguments, **(overrides or {})},
-        )
+        settings: dict[str, Any] = {
+            "output_dir": str(output_dir or scratch),
+            "seed": seed,
+            "bf16": bf16,
+            "logging_steps": 5,
+            "save_only_model": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "per_device_eval_batch_size": 64,
+            "gradient_checkpointing": False,
+            "use_cpu": not has_gpu(),
+        }
+        args = config(**{**settings, **extra, **SCHEDULE, **method.arguments, **(overrides or {})})
         with PeakMemory() as memory:
             trainer = trainer_class(
                 model,

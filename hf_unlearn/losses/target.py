@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_unlearn.losses.tokens import LossOutput, reduce_tokens, token_log_probs
 
-Unit = Literal["example", "token"]
+Unit = Literal["example", "token", "both"]
 
 
 def example_nll(logp: Tensor, mask: Tensor) -> Tensor:
@@ -36,7 +36,8 @@ def target_gate(token_nll: Tensor, mask: Tensor, level: float | Tensor, *, by: U
         token_nll (`Tensor`): shape `(B, T-1)`, negative log-likelihoods of the tokens.
         mask (`Tensor`): shape `(B, T-1)`, boolean, true at response positions.
         level (`float` or `Tensor`): nats per token.
-        by (`str`, *optional*, defaults to `"example"`): compare the mean over each `"example"`, or every `"token"`.
+        by (`str`, *optional*, defaults to `"example"`): compare the mean over each `"example"`, every `"token"`, or
+            `"both"`: the tokens below the level in the examples below the level.
 
     Returns:
         `Tensor`: shape `(B, T-1)`, zeros and ones without gradient, zero outside the mask: the `weights` of a token
@@ -47,8 +48,10 @@ def target_gate(token_nll: Tensor, mask: Tensor, level: float | Tensor, *, by: U
     """
     _check(level, by)
     token_nll = token_nll.detach()
-    nll = example_nll(-token_nll, mask).unsqueeze(-1) if by == "example" else token_nll
-    return ((nll < level) & mask).to(token_nll.dtype)
+    below = mask if by == "example" else mask & (token_nll < level)
+    if by != "token":
+        below = below & (example_nll(-token_nll, mask) < level).unsqueeze(-1)
+    return below.to(token_nll.dtype)
 
 
 def level_loss(logits: Tensor, labels: Tensor, level: float | Tensor, *, by: Unit = "example") -> LossOutput:
@@ -71,6 +74,8 @@ def level_loss(logits: Tensor, labels: Tensor, level: float | Tensor, *, by: Uni
         ValueError: if `by` is unknown or a number given as level is not positive.
     """
     _check(level, by)
+    if by == "both":
+        raise ValueError("by='both' joins two gates; a pull is towards one level: by must be 'example' or 'token'")
     if isinstance(level, Tensor):
         level = level.detach()
     logp, mask = token_log_probs(logits, labels)
@@ -80,8 +85,8 @@ def level_loss(logits: Tensor, labels: Tensor, level: float | Tensor, *, by: Uni
 
 
 def _check(level: float | Tensor, by: str) -> None:
-    if by not in ("example", "token"):
-        raise ValueError(f"by must be 'example' or 'token', got {by!r}")
+    if by not in ("example", "token", "both"):
+        raise ValueError(f"by must be 'example', 'token' or 'both', got {by!r}")
     # A tensor is not inspected: reading it would wait for the device.
     if not isinstance(level, Tensor) and not level > 0:
         raise ValueError(f"the level is a mean negative log-likelihood and must be positive, got {level}")

@@ -295,7 +295,7 @@ class UnlearningTrainer(Lifecycle):
         with torch.no_grad():
             logp, mask = token_log_probs(logits[0].detach(), forget["labels"])
             term.metrics["nll_total"] = -logp.sum()
-            term.metrics["nll_rows"] = example_nll(logp, mask).sum()
+            term.metrics["nll_rows"] = example_nll(logp, mask)
         retains = {
             name: retain_loss(self.args.retain_loss, logits[1 + i], retain[name]["labels"], ref[1 + i])
             for i, name in enumerate(names)

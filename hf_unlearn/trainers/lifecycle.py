@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..losses import example_nll, nll_loss, token_log_probs
+from ..losses import IGNORE_INDEX, example_nll, nll_loss, token_log_probs
 from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
 from .measure import forward_logits, measure_sums, row_log_probs
 from .model_card import write_model_card
@@ -104,7 +104,10 @@ class Lifecycle(Trainer):
     # ---- measuring -------------------------------------------------------------------------------------------------
 
     def measure_forget(self: UnlearningTrainer, model: Any, rows: Dataset | None = None) -> dict[str, float]:
-        """Means over forget rows: `loss` (as trained on, not normalised) and `nll` (mean of the rows' mean NLL)."""
+        """
+        Means over forget rows: `loss` (as trained on, not normalised), `nll` (mean of the rows' mean NLL) and, with a
+        forget target, `distance` (mean of |NLL of the row - level|), in nats per token.
+        """
         labels = "alternative" if self.objective.name == "idk_nll" else "forget"
 
         def function(batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -112,15 +115,17 @@ class Lifecycle(Trainer):
             term, _ = self._loss_terms(model, nested)
             counts = count_units(nested, forget_labels=labels)
             units = counts[FORGET_SEQUENCES if self.objective.counts_sequences else FORGET]
-            return {
-                "loss": term.total,
-                "units": units,
-                "nll": term.metrics["nll_rows"],
-                "rows": counts[FORGET_SEQUENCES],
-            }
+            nll = term.metrics["nll_rows"]
+            has_response = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=-1)
+            sums = {"loss": term.total, "units": units, "nll": nll.sum(), "rows": counts[FORGET_SEQUENCES]}
+            if self.target is not None:
+                sums["distance"] = torch.where(has_response, (nll - self.target.level).abs(), 0.0).sum()
+            return sums
 
         sums = self._sums(model, self.data.forget_eval if rows is None else rows, function, "forget")
-        return {"loss": sums["loss"] / max(sums["units"], 1.0), "nll": sums["nll"] / max(sums["rows"], 1.0)}
+        rows_measured = max(sums["rows"], 1.0)
+        means = {key: sums[key] / rows_measured for key in ("nll", "distance") if key in sums}
+        return {"loss": sums["loss"] / max(sums["units"], 1.0), **means}
 
     def measure_retain(self: UnlearningTrainer, model: Any, rows: Dataset, name: str) -> float:
         """The retain loss over a dataset: global token mean."""

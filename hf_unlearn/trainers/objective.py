@@ -189,9 +189,11 @@ def targeted_forget_loss(
         with torch.no_grad():
             logp, mask = losses.token_log_probs(batch.logits, batch.labels)
     nll = -logp
-    unit_nll = losses.example_nll(logp, mask).unsqueeze(-1).expand_as(mask) if target.by == "example" else nll
+    unit_nll = nll if target.by == "token" else losses.example_nll(logp, mask).unsqueeze(-1).expand_as(mask)
     if target.mode == "anneal":
         weights = ((target.level - unit_nll) / (target.band * target.level)).clamp(0.0, 1.0) * mask
+        if target.by == "both":
+            weights = weights * (nll < target.level)
         return objective(batch, weights=weights)
     gated = objective(batch, weights=losses.target_gate(nll, mask, target.level, by=target.by))
     if target.mode == "gate":

@@ -71,7 +71,7 @@ class PrimalDualTrainer(UnlearningTrainer):
         if streams and args.dual_warmup_steps is None and args.dual_warmup_epochs > 0:
             raise ValueError("A stream has no epochs to count the warm start in: set dual_warmup_steps.")
         if args.forget_target == "holdout" and self.data.holdout is None:
-            self._wrong_answers = wrong_answers(self._calibration_rows(next(iter(self.data.retain))), args.seed)
+            self._wrong_answers = wrong_answers(self._largest_retain_set(), args.seed)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As [`UnlearningTrainer.train`]; then measures the returned model and says whether it is feasible."""
@@ -112,6 +112,10 @@ class PrimalDualTrainer(UnlearningTrainer):
         if self.target is not None:
             log["forget_level"] = self.target.level
         self.log(log)
+
+    def _largest_retain_set(self) -> Dataset:
+        tables = [rows for rows in self.data.retain.values() if isinstance(rows, Dataset)]
+        return max(tables or list(self.data.retain_eval.values()), key=len)
 
     def _calibration_rows(self, name: str) -> Dataset:
         return self.data.retain_eval[name]
@@ -208,7 +212,7 @@ class PrimalDualTrainer(UnlearningTrainer):
     def _selection_value(self, forget: Mapping[str, float]) -> float:
         if self.target is None:
             return forget["loss"] / self.normalizer
-        return abs(forget["nll"] - self.target.level) / self.target.level
+        return forget["distance"] / self.target.level
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ..losses.target import Unit
 from .config import UnlearningConfig, check_choice, parse_per_name
 from .objective import TargetMode
 
@@ -64,8 +65,9 @@ class PrimalDualConfig(UnlearningConfig):
             Nats per token by which a held-out retain loss may exceed eps and still count as feasible.
 
     Defaults that differ from [`UnlearningConfig`]: evaluation and a checkpoint every epoch, `save_total_limit=1`, and
-    `load_best_model_at_end=True`, so that training returns the best *feasible* checkpoint: the least forget loss among
-    those that satisfy every constraint on the held-out retain rows.
+    `load_best_model_at_end=True`, so that training returns the best *feasible* checkpoint: among those that satisfy
+    every constraint on the held-out retain rows the one with the least forget loss, or, with a forget target, the one
+    whose forget rows are nearest to the level.
     """
 
     forget_loss: str = field(default="lmf", metadata=UnlearningConfig.__dataclass_fields__["forget_loss"].metadata)
@@ -102,7 +104,7 @@ class PrimalDualConfig(UnlearningConfig):
         default="holdout", metadata={"help": "Level (nats per token) to forget to: none, a number, or holdout."}
     )
     forget_target_by: str = field(
-        default="token", metadata={"help": "What is compared with the level.", "choices": ["example", "token"]}
+        default="token", metadata={"help": "What is compared with the level.", "choices": list(get_args(Unit))}
     )
     forget_target_mode: str = field(
         default="gate", metadata={"help": "How the level is approached.", "choices": list(get_args(TargetMode))}
@@ -127,7 +129,7 @@ class PrimalDualConfig(UnlearningConfig):
         if not limits:
             self.retain_margin = 0.03
         self.forget_target = _parse_target(self.forget_target)
-        check_choice("forget_target_by", self.forget_target_by, ("example", "token"))
+        check_choice("forget_target_by", self.forget_target_by, get_args(Unit))
         check_choice("forget_target_mode", self.forget_target_mode, get_args(TargetMode))
         check_choice("dual_update", self.dual_update, get_args(DualUpdate))
         if self.dual_update == "epoch" and self.eval_strategy == "no":

@@ -100,7 +100,7 @@ def load_method_state(folder: str | Path, method: str) -> tuple[dict[str, Any], 
     if not file.is_file():
         raise ValueError(
             f"{folder} has no {STATE_FILE}: it was not written by this library, or not completely. Resuming without "
-            "it would restart multipliers and calibration from zero. Resume from another checkpoint, or start a new run."
+            "it would restart multipliers and calibration from zero. Resume from another checkpoint, or start anew."
         )
     state = json.loads(file.read_text(encoding="utf-8"))
     if state.get("method") != method or state.get("version") != STATE_VERSION:

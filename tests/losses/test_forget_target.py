@@ -46,6 +46,14 @@ def test_the_gate_has_no_gradient_and_stops_the_loss_of_a_forgotten_example() ->
     assert not logits.grad[1].any()
 
 
+def test_both_gates_are_the_tokens_below_in_the_examples_below() -> None:
+    for level in (0.5, 2.0, 4.5, 9.0):
+        by_token, by_example = (target_gate(NLL, MASK, level, by=by) for by in ("token", "example"))
+        assert torch.equal(target_gate(NLL, MASK, level, by="both"), by_token * by_example)
+    with pytest.raises(ValueError, match="a pull is towards one level"):
+        level_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), 1.0, by="both")
+
+
 def descend(logits: Tensor, labels: Tensor, by: str) -> Tensor:
     logits = logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1)
@@ -95,5 +103,5 @@ def test_a_level_that_is_not_positive_is_refused(level: float) -> None:
 
 
 def test_an_unknown_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="'example' or 'token', got 'batch'"):
+    with pytest.raises(ValueError, match="'example', 'token' or 'both', got 'batch'"):
         target_gate(NLL, MASK, 1.0, by="batch")  # type: ignore[arg-type]

@@ -116,11 +116,11 @@ def test_a_step_is_the_gradient_of_the_weighted_sum_of_token_means(lab, tmp_path
         assert logged(trainer, key) == pytest.approx([row[column] for row in losses], rel=1e-6), key
 
 
-@pytest.mark.parametrize("by", ["token", "example"])
+@pytest.mark.parametrize("by", ["token", "example", "both"])
 @pytest.mark.parametrize("mode", ["gate", "anneal", "two_sided"])
 def test_primal_dual_steps_follow_the_algorithm_box(lab, tmp_path, mode, by):
     """Three steps, the first with fixed multipliers, of normalised LMF towards a level; clipped at a norm of 1."""
-    eta, cap, warmup, level, band, pull = 0.8, 1.9, 1, 0.07, 0.5, 0.3
+    eta, cap, warmup, smoothing, level, band, pull = 0.8, 1.9, 1, 0.4, 0.07, 0.5, 0.3
     recorder = Recorder(lab.tokenizer)
     trainer = PrimalDualTrainer(
         model=lab.model(trained=True, dtype=torch.float64),
@@ -136,6 +136,7 @@ def test_primal_dual_steps_follow_the_algorithm_box(lab, tmp_path, mode, by):
             dual_lr=eta,
             dual_max=cap,
             dual_warmup_steps=warmup,
+            dual_smoothing=smoothing,
             optim="sgd",
             learning_rate=0.5,
             max_grad_norm=1.0,
@@ -154,16 +155,18 @@ def test_primal_dual_steps_follow_the_algorithm_box(lab, tmp_path, mode, by):
         scale = float(forget_loss("lmf", twin, None, list(trainer.data.forget)))
     assert trainer.normalizer == pytest.approx(scale, rel=1e-9)
     eps, multipliers = {"people": 0.02, "facts": 0.5}, {"people": 1.5, "facts": 1.5}
-    gates, history = [], []
+    gates, history, smoothed = [], [], {}
     for step, items in enumerate(recorder.steps()):
         total, count = 0.0, 0
         for item in items:
             values, nll = token_values("lmf", twin, item["forget"]) / scale, row_nll(twin, item["forget"])
-            unit = nll.mean().expand_as(nll) if by == "example" else nll
+            unit = nll if by == "token" else nll.mean().expand_as(nll)
             if mode == "anneal":
                 weight = ((level - unit.detach()) / (band * level)).clamp(0, 1)
             else:
                 weight = (unit.detach() < level).to(nll)
+            if by == "both":
+                weight = weight * (nll.detach() < level)
             gates += weight.tolist()
             total = total + (weight * values).sum()
             if mode == "two_sided":
@@ -177,9 +180,11 @@ def test_primal_dual_steps_follow_the_algorithm_box(lab, tmp_path, mode, by):
             for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
                 parameter -= 0.5 * gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
         history.append(dict(multipliers))
-        if step >= warmup:
-            for name in RETAIN:
-                moved = multipliers[name] + eta * (retain[name].item() - eps[name])
+        for name in RETAIN:
+            measured = retain[name].item()
+            smoothed[name] = smoothing * smoothed.get(name, measured) + (1 - smoothing) * measured
+            if step >= warmup:
+                moved = multipliers[name] + eta * (smoothed[name] - eps[name])
                 multipliers[name] = min(max(moved, 0.0), cap)
 
     assert 0 < sum(gates) < len(gates), "a gate that never opens or never closes would show nothing"

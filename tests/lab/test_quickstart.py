@@ -1,0 +1,109 @@
+"""The quickstart and the comparison of methods, end to end on a world of minutes shrunk to seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_unlearn.lab import bench, quickstart
+from hf_unlearn.lab.methods import LabMethod, method_by_name
+from hf_unlearn.lab.recipe import LabRecipe
+from hf_unlearn.lab.world import make_world, world_data
+
+TINY = LabRecipe(vocab_size=500, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, epochs=2)
+SHORT: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_UNLEARN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(quickstart, "QUICKSTART_RECIPE", TINY)
+        patch.setattr(quickstart, "make_world", lambda seed: make_world(seed, num_authors=10, questions_per_author=4))
+        method = LabMethod(name="primal_dual", label="PrimalDualTrainer", trainer="primal-dual", arguments=SHORT)
+        patch.setattr(quickstart, "QUICKSTART_METHOD", method)
+        yield
+
+
+def test_quickstart_writes_everything_it_promises(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    results = quickstart.run_quickstart(folder, seed=1)
+    written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for name in ("target", "unlearned", "reference"):
+        for score in ("forget_probability", "forget_rouge", "retain_probability", "retain_rouge"):
+            assert 0 <= written[name][score] <= 1
+    assert 0 <= written["forget_quality"] <= 1
+    (constraint,) = written["constraints"]
+    assert set(constraint) >= {"name", "eps", "loss", "multiplier", "feasible"}
+    assert constraint["feasible"] == (constraint["loss"] <= constraint["eps"])
+    assert written["seconds"]["total"] > 0
+    assert "transformers" in written["versions"]
+    assert {entry["part"] for entry in written["generations"]} == {"forget", "retain"}
+    for name in ("forget_loss.png", "retain_loss.png", "dual.png"):
+        assert (folder / "plots" / name).stat().st_size > 1000
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert "PrimalDualTrainer" in card
+    assert "forget" in card
+    assert str(tmp_path) not in card
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert len(AutoTokenizer.from_pretrained(folder / "model")) == model.config.vocab_size
+    assert results.forget_quality == pytest.approx(written["forget_quality"])
+
+
+def test_quickstart_is_the_same_twice(tmp_path: Path) -> None:
+    first = quickstart.run_quickstart(tmp_path / "a", seed=1)
+    second = quickstart.run_quickstart(tmp_path / "b", seed=1)
+    assert first.unlearned == second.unlearned
+    assert first.constraints == second.constraints
+
+
+def test_an_unwritable_output_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(quickstart, "train_target", lambda *a, **k: pytest.fail("trained before checking the folder"))
+    with pytest.raises(OSError, match="file"):
+        quickstart.run_quickstart(tmp_path / "file" / "out")
+
+
+def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = world_data(make_world(0, num_authors=10, questions_per_author=4))
+    methods = [
+        LabMethod(
+            name=name, label=name, trainer=method_by_name(name).trainer, arguments={**extra, **SHORT}, use_retain=r
+        )
+        for name, extra, r in (
+            ("grad_ascent", {"forget_loss": "grad_ascent"}, False),
+            ("npo", {"forget_loss": "npo"}, True),
+            ("primal_dual", {}, True),
+        )
+    ]
+    lines: list[str] = []
+    rows = bench.run_bench(data, methods, tmp_path, recipe=TINY, max_new_tokens=8, report=lines.append)
+    assert [row.name for row in rows] == ["target", "reference", "grad_ascent", "npo", "primal_dual"]
+    assert rows[1].values["forget_quality"] == pytest.approx(1.0)
+    assert rows[1].values["mia_auc"] == pytest.approx(0.5)
+    assert len(rows[4].constraints) == 1
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 2 + len(rows)
+    assert len({line.count("|") for line in table}) == 1
+    monkeypatch.setattr(bench, "run_method", lambda *a, **k: pytest.fail("a complete run was repeated"))
+    again = bench.run_bench(data, methods, tmp_path, recipe=TINY, max_new_tokens=8, report=lines.append)
+    assert [row.values for row in again[2:]] == [row.values for row in rows[2:]]
+
+
+def test_methods_are_found_by_name() -> None:
+    assert method_by_name("npo").arguments["forget_loss"] == "npo"
+    with pytest.raises(ValueError, match="expected one of: grad_ascent"):
+        method_by_name("magic")
