@@ -49,6 +49,8 @@ def named_datasets(argument: str, datasets: Any, default_name: str) -> dict[str,
         for name in datasets:
             if not isinstance(name, str) or not name or "/" in name:
                 raise ValueError(f"{argument} has the name {name!r}; expected a non-empty string without '/'.")
+            if name == "forget":
+                raise ValueError(f"{argument} has the name 'forget', under which the forget set is logged; rename it.")
         return dict(datasets)
     return {default_name: datasets}
 

@@ -54,7 +54,7 @@ def test_quickstart_writes_everything_it_promises(tmp_path: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "PrimalDualTrainer" in card
-    assert "forget" in card
+    assert "Forget" in card
     assert str(tmp_path) not in card
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -177,6 +177,7 @@ def build(lab, folder, trainer_class=PrimalDualTrainer, **kwargs):
         "retain_dataset": lab.retain,
         "processing_class": lab.tokenizer,
         "holdout_dataset": None,
+        "eval_dataset": None,
         "peft_config": None,
         "callbacks": None,
         "args": None,

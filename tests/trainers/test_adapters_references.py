@@ -210,3 +210,26 @@ def test_two_runs_are_equal_bit_for_bit(lab, tmp_path):
     assert one.method_state() == two.method_state()
     for key in ("loss", "loss/forget", "loss/retain/people", "grad_norm", "violation/facts"):
         assert logged(one, key) == logged(two, key)
+
+
+@pytest.mark.parametrize(("dtype", "bf16"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_half_precision_trains_and_measures_in_float32(lab, tmp_path, dtype, bf16):
+    exact = primal_dual(lab, tmp_path, retain_loss="kl", retain_eps=0.1)
+    trainer = primal_dual(
+        lab, tmp_path, model=lab.model(trained=True, dtype=dtype), bf16=bf16, retain_loss="kl", retain_eps=0.1
+    )
+    exact.train()
+    trainer.train()
+    assert {value.dtype for value in trainer.model.parameters()} == {dtype}
+    assert trainer.duals.multipliers.dtype == torch.float64
+    assert logged(trainer, "forget_nll")[0] == pytest.approx(logged(exact, "forget_nll")[0], rel=0.1)
+    assert logged(trainer, "loss/retain/people")[0] == pytest.approx(0.0, abs=1e-5), "the reference rounds alike"
+
+
+def test_steps_do_not_depend_on_loader_workers(lab, tmp_path):
+    runs = []
+    for workers in (0, 2):
+        trainer = primal_dual(lab, tmp_path, dataloader_num_workers=workers, max_steps=5)
+        trainer.train()
+        runs.append(trainer)
+    assert difference(parameters(runs[0].model), parameters(runs[1].model)) == 0

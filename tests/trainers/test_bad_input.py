@@ -69,9 +69,11 @@ def test_names_of_retain_sets_must_fit_into_metric_names(lab, tmp_path, name):
         build(lab, tmp_path, retain_dataset={name: lab.retain})
 
 
-def test_a_retain_set_cannot_be_called_forget(lab, tmp_path):
-    with pytest.raises(ValueError, match="A retain set is called 'forget'"):
-        build(lab, tmp_path, retain_dataset={"forget": lab.retain})
+@pytest.mark.parametrize("argument", ["retain_dataset", "eval_dataset"])
+def test_no_other_set_can_be_called_forget(lab, tmp_path, argument):
+    """Its losses would be logged under the names of the forget set's."""
+    with pytest.raises(ValueError, match=f"{argument} has the name 'forget'"):
+        build(lab, tmp_path, **{argument: {"forget": lab.retain}})
 
 
 def test_something_that_is_no_dataset_is_a_type_error(lab, tmp_path):

@@ -78,6 +78,16 @@ def test_evaluation_reports_losses_limits_and_feasibility(lab, tmp_path):
     assert metrics["eval_loss/held"] == pytest.approx(mean_nll(model, trainer.data.evaluation["held"])[0], rel=1e-5)
 
 
+def test_evaluating_in_between_does_not_change_the_training(lab, tmp_path):
+    runs = []
+    for when in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        trainer = primal_dual(lab, tmp_path, peft_config=lora(lora_dropout=0.2), dual_warmup_steps=0, **when)
+        trainer.train()
+        runs.append(trainer)
+    assert difference(parameters(runs[0].model), parameters(runs[1].model)) == 0
+    assert runs[0].duals.multipliers.tolist() == runs[1].duals.multipliers.tolist()
+
+
 def test_further_datasets_and_metrics_can_be_evaluated(lab, tmp_path):
     trainer = primal_dual(
         lab,
