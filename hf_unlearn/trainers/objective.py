@@ -195,6 +195,8 @@ def targeted_forget_loss(
         if target.by == "both":
             weights = weights * (nll < target.level)
         return objective(batch, weights=weights)
+    # The level is a mean over examples, so examples are pulled back; single tokens of unseen text lie far above it.
+    unit_nll = losses.example_nll(logp, mask).unsqueeze(-1).expand_as(mask)
     gated = objective(batch, weights=losses.target_gate(nll, mask, target.level, by=target.by))
     if target.mode == "gate":
         return gated

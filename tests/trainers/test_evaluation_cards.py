@@ -12,6 +12,7 @@ from kit import (
     difference,
     folders,
     logged,
+    lora,
     mean_nll,
     parameters,
     pd_config,
