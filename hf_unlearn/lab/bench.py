@@ -113,7 +113,7 @@ def run_bench(
                 model = AutoModelForCausalLM.from_pretrained(lab.path)
                 run = run_method(method, model, lab.tokenizer, data, seed=seed, bf16=recipe.bf16)
                 scores = score_model(
-                    run.trainer.model, lab.tokenizer, data, description=f"evaluating {method.label}:", **options
+                    run.model, lab.tokenizer, data, description=f"evaluating {method.label}:", **options
                 )
                 extra = {"seconds": run.seconds, "peak_mib": run.peak_bytes / 2**20}
                 row = _row(method.name, method.label, seed, scores, anchors, extra)

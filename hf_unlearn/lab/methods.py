@@ -73,9 +73,10 @@ METHODS: tuple[LabMethod, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class MethodRun:
-    """What a run left behind: the trainer (with the unlearned model), seconds of training, and peak bytes."""
+    """What a run left behind: the trainer, the unlearned model, seconds of training, and peak bytes."""
 
     trainer: Any
+    model: Any
     seconds: float
     peak_bytes: int
 
@@ -174,7 +175,9 @@ def run_method(
             started = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - started
-    return MethodRun(trainer=trainer, seconds=seconds, peak_bytes=memory.bytes)
+    # accelerate leaves the autocast of training around forward(); scores are taken in the weights' own precision
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return MethodRun(trainer=trainer, model=model, seconds=seconds, peak_bytes=memory.bytes)
 
 
 def _printer() -> Any:

@@ -87,7 +87,7 @@ def run_quickstart(output_dir: str | Path = "outputs/quickstart", *, seed: int =
     with clock("unlearn"):
         run = run_method(QUICKSTART_METHOD, target.model, target.tokenizer, data, seed=seed)
     with clock("evaluate"):
-        scores["unlearned"] = _score(run.trainer.model, target, data, "unlearned")
+        scores["unlearned"] = _score(run.model, target, data, "unlearned")
     clock.seconds["total"] = time.perf_counter() - started
     results = build_results(run, scores, data, seconds=clock.seconds, seed=seed, model_name=describe(target))
     write_run(folder, run, results)

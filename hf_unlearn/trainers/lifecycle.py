@@ -124,7 +124,7 @@ class Lifecycle(Trainer):
 
         sums = self._sums(model, self.data.forget_eval if rows is None else rows, function, "forget")
         rows_measured = max(sums["rows"], 1.0)
-        means = {key: sums[key] / rows_measured for key in ("nll", "distance") if key in sums}
+        means: dict[str, float] = {key: sums[key] / rows_measured for key in ("nll", "distance") if key in sums}
         return {"loss": sums["loss"] / max(sums["units"], 1.0), **means}
 
     def measure_retain(self: UnlearningTrainer, model: Any, rows: Dataset, name: str) -> float:

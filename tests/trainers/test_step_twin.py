@@ -170,7 +170,8 @@ def test_primal_dual_steps_follow_the_algorithm_box(lab, tmp_path, mode, by):
             gates += weight.tolist()
             total = total + (weight * values).sum()
             if mode == "two_sided":
-                total = total + pull * (((unit - level).clamp(min=0) / level) ** 2).sum()
+                # examples are pulled back, whatever is gated: each of their tokens carries the value of its example
+                total = total + pull * len(nll) * ((nll.mean() - level).clamp(min=0) / level) ** 2
             count += len(nll)
         retain = retain_losses(twin, items)
         loss = total / count + sum(multipliers[name] * retain[name] for name in RETAIN)
