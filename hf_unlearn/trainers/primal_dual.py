@@ -17,6 +17,7 @@ from .config import UnlearningConfig
 from .datasets import wrong_answers
 from .objective import ForgetTarget
 from .primal_dual_config import PrimalDualConfig
+from .state import load_method_state
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +77,7 @@ class PrimalDualTrainer(UnlearningTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As [`UnlearningTrainer.train`]; then measures the returned model and says whether it is feasible."""
         output = super().train(resume_from_checkpoint, **kwargs)
+        self._adopt_best_multipliers()
         metrics = self.evaluate(metric_key_prefix="final")
         assert self.feasibility is not None
         output.metrics.update({key: value for key, value in metrics.items() if key.startswith("final_")})
@@ -87,6 +89,14 @@ class PrimalDualTrainer(UnlearningTrainer):
                     "limit, lower the learning rate, or train longer."
                 )
         return output
+
+    def _adopt_best_multipliers(self) -> None:
+        """The multipliers that are reported and saved are those of the checkpoint that is returned."""
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and self.duals is not None:
+            state, _ = load_method_state(best, self.method)
+            if state["duals"] is not None:
+                self.duals.load_state_dict(state["duals"])
 
     # ---- before step 0 ---------------------------------------------------------------------------------------------
 
