@@ -17,7 +17,7 @@ from ..losses import IGNORE_INDEX, example_nll, nll_loss, token_log_probs
 from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
 from .measure import forward_logits, measure_sums, row_log_probs
 from .model_card import write_model_card
-from .objective import ForgetTarget
+from .objective import ForgetTarget, level_distance
 from .state import explain_storage_errors, load_method_state, resolve_checkpoint, save_method_state
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Lifecycle(Trainer):
     def measure_forget(self: UnlearningTrainer, model: Any, rows: Dataset | None = None) -> dict[str, float]:
         """
         Means over forget rows: `loss` (as trained on, not normalised), `nll` (mean of the rows' mean NLL) and, with a
-        forget target, `distance` (mean of |NLL of the row - level|), in nats per token.
+        forget target, `distance` (mean [`level_distance`] of the rows), in nats per token.
         """
         labels = "alternative" if self.objective.name == "idk_nll" else "forget"
 
@@ -119,7 +119,7 @@ class Lifecycle(Trainer):
             has_response = (batch["labels"][:, 1:] != IGNORE_INDEX).any(dim=-1)
             sums = {"loss": term.total, "units": units, "nll": nll.sum(), "rows": counts[FORGET_SEQUENCES]}
             if self.target is not None:
-                sums["distance"] = torch.where(has_response, (nll - self.target.level).abs(), 0.0).sum()
+                sums["distance"] = torch.where(has_response, level_distance(nll, self.target.level), 0.0).sum()
             return sums
 
         sums = self._sums(model, self.data.forget_eval if rows is None else rows, function, "forget")

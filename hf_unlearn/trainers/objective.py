@@ -20,6 +20,9 @@ ForgetLossName = Literal[
 RetainLossName = Literal["nll", "kl"]
 TargetMode = Literal["gate", "anneal", "two_sided"]
 
+# Weight of overshoot against shortfall when a checkpoint is chosen; measured in docs/benchmarks.md.
+OVERSHOOT_WEIGHT = 0.25
+
 _TOKEN_LOSSES: dict[str, Callable[..., LossOutput]] = {
     "lmf": losses.lmf_loss,
     "kl_uniform": losses.kl_to_uniform_loss,
@@ -203,6 +206,24 @@ def targeted_forget_loss(
     excess = torch.where(mask, (unit_nll - target.level).clamp(min=0.0) / target.level, 0.0)
     total = gated.total + target.pull * normalizer * excess.square().sum()
     return LossOutput(loss=total / gated.count.clamp(min=1.0), total=total, count=gated.count, metrics=gated.metrics)
+
+
+def level_distance(nll: Tensor, level: float) -> Tensor:
+    """
+    How far rows are from the level, by the pinball loss: what is still known weighs four times what is overshot.
+
+    A known row is a secret that is out; an overshot one is a row that an adversary with a reference model could notice.
+
+    Args:
+        nll (`Tensor`):
+            Mean NLL of each row `(B,)`, nats per token.
+        level (`float`):
+            Nats per token.
+
+    Returns:
+        `Tensor`: `max(level - NLL, 0) + 0.25 max(NLL - level, 0)`, `(B,)`.
+    """
+    return (level - nll).clamp(min=0.0) + OVERSHOOT_WEIGHT * (nll - level).clamp(min=0.0)
 
 
 def retain_loss(name: str, logits: Tensor, labels: Tensor, ref_logits: Tensor | None) -> LossOutput:

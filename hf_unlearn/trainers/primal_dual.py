@@ -220,9 +220,10 @@ class PrimalDualTrainer(UnlearningTrainer):
         return {**metrics, "feasible": float(feasible), "selection_score": score}
 
     def _selection_value(self, forget: Mapping[str, float]) -> float:
-        if self.target is None:
-            return forget["loss"] / self.normalizer
-        return forget["distance"] / self.target.level
+        # A gated loss is no measure of what is left: where it is negative (gradient ascent) it rises as rows drop out.
+        if self.target is not None:
+            return forget["distance"] / self.target.level
+        return forget["loss"] / self.normalizer
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

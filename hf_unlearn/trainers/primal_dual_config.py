@@ -66,8 +66,8 @@ class PrimalDualConfig(UnlearningConfig):
 
     Defaults that differ from [`UnlearningConfig`]: evaluation and a checkpoint every epoch, `save_total_limit=1`, and
     `load_best_model_at_end=True`, so that training returns the best *feasible* checkpoint: among those that satisfy
-    every constraint on the held-out retain rows the one with the least forget loss, or, with a forget target, the one
-    whose forget rows are nearest to the level.
+    every constraint on the held-out retain rows the one with the least forget loss or, with a forget target, the one
+    whose forget rows are nearest to the level (falling short weighs four times overshooting).
     """
 
     forget_loss: str = field(default="lmf", metadata=UnlearningConfig.__dataclass_fields__["forget_loss"].metadata)
