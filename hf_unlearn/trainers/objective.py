@@ -212,7 +212,7 @@ def level_distance(nll: Tensor, level: float) -> Tensor:
     """
     How far rows are from the level, by the pinball loss: what is still known weighs four times what is overshot.
 
-    A known row is a secret that is out; an overshot one is a row that an adversary with a reference model could notice.
+    A known row is a secret that is out; an overshot one could be noticed by an adversary with a reference model.
 
     Args:
         nll (`Tensor`):
