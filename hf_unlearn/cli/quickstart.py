@@ -23,7 +23,7 @@ def run(command: str, arguments: list[str]) -> int:
     from rich.console import Console
 
     from ..lab.quickstart import run_quickstart
-    from ..reports import judge, results_table
+    from ..reports import results_table
 
     console = Console()
     console.print(
@@ -32,6 +32,5 @@ def run(command: str, arguments: list[str]) -> int:
     )
     results = run_quickstart(options.output_dir, seed=options.seed, use_cache=not options.no_cache)
     console.print(results_table(results))
-    console.print(judge(results).text, highlight=False)
     console.print(f"\n{results.seconds['total']:.0f} s. Report: {options.output_dir}/report.html", highlight=False)
     return 0

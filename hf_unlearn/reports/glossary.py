@@ -67,10 +67,17 @@ KNOWN: tuple[Metric, ...] = (
         goal="reference",
     ),
     Metric(
+        name="forget_nll",
+        label="Forget NLL, nats per token",
+        meaning="Mean over the forget answers of their mean negative log-likelihood; far above the reference's is "
+        "over-forgotten.",
+        goal="reference",
+    ),
+    Metric(
         name="mia_auc",
         label="Membership inference AUC",
-        meaning="How well an attacker tells forget examples from unseen ones by their loss. 0.5 is a guess; far below "
-        "0.5 also gives membership away.",
+        meaning="How well the losses on the forget answers tell the model from the reference that never saw them. 0.5 "
+        "is a guess; below it they are still better known, above it they are over-forgotten.",
         goal="reference",
     ),
     Metric(

@@ -18,6 +18,8 @@ KEEP_YES, KEEP_PARTLY = 0.95, 0.80
 """Shares of the target's retain probability that count as kept, and as partly kept."""
 INDISTINGUISHABLE = 0.05
 """p-value of the KS test above which the models are not told apart (TOFU, arXiv 2401.06121)."""
+MEMBERSHIP_SLACK = 0.2
+"""How far from 0.5 the membership AUC against the reference may be before it tells the models apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ def judge(results: Results | Mapping[str, Any]) -> Verdict:
       Without a reference, the level that is asked for is 5% of the target's.
     * kept: retain probability at least 95% (partly: 80%) of the target's.
     * feasible: every constraint is.
-    * indistinguishable: forget quality p > 0.05.
+    * indistinguishable: forget quality p > 0.05; partly when the membership AUC, where it was measured, is further
+      than 0.2 from 0.5.
     """
     results = as_results(results)
     checks = (_forgotten(results), _kept(results), _feasible(results), _indistinguishable(results))
@@ -96,6 +99,11 @@ def _headline(forgotten: Answer, kept: Answer, feasible: Answer, indistinguishab
         text += ", with a constraint violated"
     if forgotten == "yes" and indistinguishable == "no":
         return f"{text}.", "It can still be told apart from a model that never saw the data."
+    if forgotten == "yes" and indistinguishable == "partly":
+        return f"{text}.", (
+            "By truth ratio a test cannot tell it from a model that never saw the data; by the likelihood of the "
+            "forgotten answers it can."
+        )
     if forgotten == kept == indistinguishable == "yes":
         return f"{text}.", "A test could not tell it apart from a model that never saw the data."
     return f"{text}.", ""
@@ -162,6 +170,14 @@ def _indistinguishable(results: Results) -> Check:
         reason = f"Forget quality was not measured: {why}."
         return Check(name="indistinguishable", question=question, answer="unknown", reason=reason)
     shown = formats.p_value(quality, results.forget_quality_log10)
+    auc = results.unlearned.extra.get("mia_auc", math.nan)
+    if quality > INDISTINGUISHABLE and abs(auc - 0.5) > MEMBERSHIP_SLACK:
+        reason = (
+            f"Forget quality p = {shown}, above {INDISTINGUISHABLE}: by truth ratio it is. But the forgotten answers "
+            f"are {'less' if auc > 0.5 else 'more'} likely than for the retain-only model (membership AUC "
+            f"{formats.score(auc)}, 0.5 is no difference)."
+        )
+        return Check(name="indistinguishable", question=question, answer="partly", reason=reason)
     if quality > INDISTINGUISHABLE:
         reason = (
             f"Forget quality p = {shown}, above {INDISTINGUISHABLE}: by truth ratio, the test does not tell it from "

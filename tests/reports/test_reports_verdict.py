@@ -127,3 +127,19 @@ def test_marked_words_repeat_the_answer_and_not_the_question() -> None:
     assert [text for text, marked in pieces if marked] == ["born", "Torvik", "61"]
     assert leaked_words("", "x", "y") == []
     assert leaked_words("Meridian Prize", "the Meridian Prize", "") == [("Meridian Prize", True)]
+
+
+def test_over_forgetting_is_said_even_where_forget_quality_is_high(sample_factory):
+    results = sample_factory()
+    values = results if isinstance(results, dict) else results.as_dict()
+    values["forget_quality"] = 0.5
+    for auc, word in ((0.98, "less likely"), (0.02, "more likely")):
+        values["unlearned"]["mia_auc"] = auc
+        verdict = judge(values)
+        (check,) = [check for check in verdict.checks if check.name == "indistinguishable"]
+        assert check.answer == "partly"
+        assert word in check.reason
+        assert verdict.answer != "yes"
+    values["unlearned"]["mia_auc"] = 0.55
+    (check,) = [check for check in judge(values).checks if check.name == "indistinguishable"]
+    assert check.answer == "yes"
