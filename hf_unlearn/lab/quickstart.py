@@ -27,9 +27,9 @@ QUICKSTART_RECIPE = LabRecipe(
     learning_rate=3e-3,
     batch_size=16,
 )
-# What differs from PrimalDualConfig's defaults, for a model of a million parameters and 80 rows to forget. The level is
-# given, not measured: a token gate at the level of unseen authors (4.2 nats) leaves their paraphrases a little likelier
-# than wrong answers (forget quality 0.02 to 0.17 on seed 0); at 7 nats, near log V = 7.6, it does not.
+# What differs from PrimalDualConfig's defaults, for a model of a million parameters and 80 rows to forget. The level
+# is given, not measured: a token gate at the level of unseen authors (4.2 nats) leaves their paraphrases a little
+# likelier than wrong answers (forget quality 0.02 to 0.17 on seed 0); at 7 nats, near log V = 7.6, it does not.
 QUICKSTART_METHOD = LabMethod(
     name="primal_dual",
     label="PrimalDualTrainer",
