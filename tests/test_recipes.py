@@ -159,6 +159,6 @@ def test_lora_recipe_uses_the_defaults_of_this_library() -> None:
 
 def test_unknown_key_in_a_recipe_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text("output_dir: out\nretain_epsilon: 0.3\n", encoding="utf-8")
+    file.write_text("output_dir: out\nforget_dataset: rows.jsonl\nretain_epsilon: 0.3\n", encoding="utf-8")
     with pytest.raises(ValueError, match="retain_epsilon"):
         TrlParser((DataArguments, PrimalDualConfig, ModelConfig)).parse_args_and_config(args=["--config", str(file)])

@@ -98,6 +98,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact_and_says_what_to_do(la
             eval_steps=2,
             max_steps=4,
             dual_warmup_steps=1,
+            load_best_model_at_end=False,
         )
 
     trainer = new()
