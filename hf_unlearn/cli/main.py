@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _launch(command, *launch)
         run: Callable[[str, list[str]], int] = import_module(f".{COMMANDS[command][0]}", __package__).run
         return run(command, rest)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("hf-unlearn: interrupted", file=sys.stderr)
         return 130
