@@ -29,23 +29,24 @@ QUICKSTART_RECIPE = LabRecipe(
 )
 # What differs from PrimalDualConfig's defaults, for a model of a million parameters and 80 rows to forget. The level
 # is given, not measured: a token gate at the level of unseen authors (4.2 nats) leaves their paraphrases a little
-# likelier than wrong answers (forget quality 0.02 to 0.17 on seed 0); at 7 nats, near log V = 7.6, it does not.
+# likelier than wrong answers (forget quality 0.02 to 0.17 on seed 0); at 8 nats, above log V = 7.6, it does not.
+# Small as the world is, all its retain rows are needed to train on: with a tenth held out, those 72 rows lose up to
+# 0.08 nats while the others keep theirs. The limit is therefore measured on the training rows, and once, at the end:
+# forget quality still rises over the last hundred steps.
 QUICKSTART_METHOD = LabMethod(
     name="primal_dual",
     label="PrimalDualTrainer",
     trainer="primal-dual",
     arguments={
-        "num_train_epochs": 40,
+        "num_train_epochs": 50,
         "learning_rate": 5e-4,
         "retain_margin": 0.045,
-        "forget_target": 7.0,
-        # Small as the world is, all its retain rows are needed to train on: with a tenth held out, those 72 rows lose
-        # up to 0.08 nats while the others keep theirs. The limit is therefore measured on the training rows.
         "retain_eval_size": 0,
+        "forget_target": 8.0,
         "eval_strategy": "steps",
-        "eval_steps": 100,
+        "eval_steps": 250,
         "save_strategy": "steps",
-        "save_steps": 100,
+        "save_steps": 250,
     },
 )
 RETAIN_ROWS = 80
