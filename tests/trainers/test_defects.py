@@ -407,6 +407,7 @@ def test_9_with_a_forget_target_the_feasible_checkpoint_nearest_to_the_level_is_
     best = min(range(4), key=distances.__getitem__)
     chosen = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{2 * (best + 1)}")
     assert difference(parameters(trainer.model), parameters(chosen)) == 0
+    assert trainer.duals.updates == 2 * (best + 1), "multipliers that are reported belong to the returned checkpoint"
 
 
 def test_9_an_infeasible_run_ends_says_so_and_returns_the_least_violation(lab, tmp_path, caplog):
