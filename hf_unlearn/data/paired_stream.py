@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -71,7 +71,7 @@ class PairedIterableDataset(IterableDataset):
                 )
             if not (_is_sized(rows) or isinstance(rows, Iterable)):
                 raise TypeError(f"The {name} side is {type(rows).__name__}; expected a map or an iterable dataset.")
-            if _is_sized(rows) and len(rows) == 0:  # type: ignore[arg-type]
+            if _is_sized(rows) and len(rows) == 0:
                 raise ValueError(f"Empty dataset: {name}. Every set needs at least one row.")
         self.forget = forget
         self.retain = dict(retain)
@@ -94,7 +94,7 @@ class PairedIterableDataset(IterableDataset):
     def __len__(self) -> int:
         if not _is_sized(self.forget):
             raise TypeError("The forget side is a stream without a length: train with `max_steps`.")
-        return len(self.forget)  # type: ignore[arg-type]
+        return len(self.forget)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self.epoch
@@ -116,7 +116,7 @@ class PairedIterableDataset(IterableDataset):
     def _forget_rows(self, epoch: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if _is_sized(self.forget):
             for number in permutation(self.seed, FORGET, len(self), epoch).tolist():
-                yield number, self.forget[number]  # type: ignore[index]
+                yield number, self.forget[number]
         else:
             yield from enumerate(_read(self.forget))
 
@@ -125,7 +125,7 @@ class PairedIterableDataset(IterableDataset):
         return rows[cycled_row(self.seed, name, len(rows), position, epoch)]
 
 
-def _is_sized(rows: Any) -> bool:
+def _is_sized(rows: Any) -> TypeGuard[Rows]:
     # A stream of torch or the datasets library may inherit an abstract __getitem__ (columns): ask for the kind first.
     return isinstance(rows, Rows) and not isinstance(rows, IterableDataset)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import IterableDataset
@@ -23,7 +23,7 @@ from .accounting import (
     retain_key,
     sum_counts,
 )
-from .config import UnlearningConfig
+from .config import Cycle, UnlearningConfig, as_kwargs
 from .datasets import order_seed, prepare
 from .hooks import SetupCallback
 from .lifecycle import FORGET_NLL, Lifecycle
@@ -98,7 +98,7 @@ class UnlearningTrainer(Lifecycle):
             raise ValueError(
                 "Context parallelism splits top-level labels; unlearning batches are nested. Turn it off."
             )
-        self.objective = ForgetObjective(name=args.forget_loss, kwargs=dict(args.forget_loss_kwargs or {}))  # type: ignore[arg-type]
+        self.objective = ForgetObjective(name=args.forget_loss, kwargs=as_kwargs(args.forget_loss_kwargs))
         model = load_model(model, args, quantization_config)
         check_causal_lm(model)
         tokenizer = load_tokenizer(processing_class, model, args)
@@ -198,7 +198,9 @@ class UnlearningTrainer(Lifecycle):
             block = args.per_device_train_batch_size * args.world_size
             return PairedIterableDataset(forget, retain, seed=order_seed(args), block_size=block)
         sizes = {"forget": len(forget), **{name: len(rows) for name, rows in retain.items()}}
-        return PairedDataset(forget, retain, Pairing(sizes=sizes, cycle=args.cycle, seed=order_seed(args)))  # type: ignore[arg-type]
+        return PairedDataset(
+            forget, retain, Pairing(sizes=sizes, cycle=cast(Cycle, args.cycle), seed=order_seed(args))
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset

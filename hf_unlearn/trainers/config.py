@@ -131,6 +131,10 @@ class UnlearningConfig(TrainingArguments):
         self.retain_weight = parse_per_name("retain_weight", self.retain_weight)
         self._resolve_checkpointing()
         super().__post_init__()
+        for name in ("forget_loss_kwargs", "model_init_kwargs"):
+            value = getattr(self, name)  # TrainingArguments parses strings that begin with "{"
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} is {value!r}; expected a dict, or JSON such as '{{\"beta\": 0.1}}'.")
         check_choice("forget_loss", self.forget_loss, get_args(ForgetLossName))
         check_choice("retain_loss", self.retain_loss, get_args(RetainLossName))
         check_choice("cycle", self.cycle, get_args(Cycle))
@@ -168,6 +172,12 @@ def _numbers(value: Any) -> list[float]:
     if value is None:
         return []
     return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def as_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A copy of an option that is a dict or nothing once the config has been checked."""
+    assert value is None or isinstance(value, dict)
+    return dict(value or {})
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available, logging
 
-from .config import UnlearningConfig
+from .config import UnlearningConfig, as_kwargs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -35,7 +35,7 @@ def load_model(model: str | PreTrainedModel, args: UnlearningConfig, quantizatio
         ValueError: loading options for a model that is loaded already.
     """
     if isinstance(model, str):
-        kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        kwargs = as_kwargs(args.model_init_kwargs)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)

@@ -137,8 +137,11 @@ class PrimalDualTrainer(UnlearningTrainer):
         eps, tolerance, margin = map(
             value, (self.args.retain_eps, self.args.retain_tolerance, self.args.retain_margin)
         )
-        if eps is None:
-            eps = reference + margin if margin is not None else (1.0 + tolerance) * reference  # type: ignore[operator]
+        if eps is None and margin is not None:
+            eps = reference + margin
+        elif eps is None:
+            assert tolerance is not None, "the config sets a margin where no limit is given"
+            eps = (1.0 + tolerance) * reference
         return RetainConstraint(name=name, eps=eps)
 
     def _new_duals(self, constraints: list[RetainConstraint]) -> DualVariables:

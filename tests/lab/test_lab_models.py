@@ -76,7 +76,7 @@ def test_tiny_models_run_and_leave_the_random_state_alone(architecture: Any, dat
     again = tiny_model(config, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(ValueError, match="expected 'llama', 'qwen' or 'gpt2'"):
-        tiny_config(tokenizer, "rnn")  # type: ignore[arg-type]
+        tiny_config(tokenizer, "rnn")  # type: ignore[arg-type]  # the wrong value is the point
     with pytest.raises(ValueError, match="no multiple"):
         tiny_config(tokenizer, architecture, hidden_size=33, num_heads=2)
 

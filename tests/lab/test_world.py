@@ -72,7 +72,7 @@ def test_forget_retain_and_holdout_share_no_author(world: World) -> None:
 
 def test_unknown_split_names_the_splits(world: World) -> None:
     with pytest.raises(ValueError, match=r"'forget05'.*forget10"):
-        world.split("forget05")  # type: ignore[arg-type]
+        world.split("forget05")  # type: ignore[arg-type]  # the wrong value is the point
 
 
 @pytest.mark.parametrize(

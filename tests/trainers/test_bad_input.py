@@ -292,3 +292,9 @@ def test_unknown_settings_are_errors():
     for settings in (UnlearningConfig, PrimalDualConfig):
         with pytest.raises(TypeError, match="unexpected keyword argument 'retain_limit'"):
             settings(output_dir="x", retain_limit=0.3)
+
+
+@pytest.mark.parametrize("field", ["forget_loss_kwargs", "model_init_kwargs"])
+def test_an_option_that_is_no_json_object_says_what_was_expected(tmp_path, field):
+    with pytest.raises(ValueError, match=f"{field} is 'beta=0.1'; expected a dict, or JSON"):
+        UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, **{field: "beta=0.1"})
