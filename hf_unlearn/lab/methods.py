@@ -39,7 +39,7 @@ class LabMethod:
     use_retain: bool = True
 
 
-# The lab's shared schedule; a method overrides what it has to. Gradient ascent has no retain set to hold it back: with
+# The lab's shared schedule, chosen on primal-dual runs (docs/benchmarks.md); a method overrides what it has to. Gradient ascent has no retain set to hold it back: with
 # the others' learning rate it destroys the model within an epoch, so it gets a smaller one.
 SCHEDULE: Mapping[str, Any] = {
     "num_train_epochs": 10,
