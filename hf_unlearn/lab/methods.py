@@ -39,8 +39,9 @@ class LabMethod:
     use_retain: bool = True
 
 
-# The lab's shared schedule, chosen on primal-dual runs (docs/benchmarks.md); a method overrides what it has to. Gradient ascent has no retain set to hold it back: with
-# the others' learning rate it destroys the model within an epoch, so it gets a smaller one.
+# The lab's shared schedule, chosen on primal-dual runs (docs/benchmarks.md); a method overrides what it has to.
+# Gradient ascent has no retain set to hold it back: with the others' learning rate it destroys the model within an
+# epoch, so it gets a smaller one.
 SCHEDULE: Mapping[str, Any] = {
     "num_train_epochs": 10,
     "per_device_train_batch_size": 16,
