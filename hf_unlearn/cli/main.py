@@ -18,6 +18,10 @@ COMMANDS = {
 }
 # Commands that may run in several processes.
 _LAUNCHED = ("primal-dual", "unlearn", "sft")
+_LAUNCHER_OPTIONS = (
+    *("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"),
+    *("--gpu_ids", "--rdzv_backend"),
+)
 ACCELERATE_CONFIGS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
@@ -70,7 +74,7 @@ def _launch_arguments(rest: list[str]) -> tuple[list[str], list[str]] | None:
     position = 0
     while position < len(rest):
         name, _, value = rest[position].partition("=")
-        if name in ("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"):
+        if name == "--accelerate_config" or name in _LAUNCHER_OPTIONS:
             if not value:
                 position += 1
                 if position >= len(rest):
@@ -108,10 +112,20 @@ def accelerate_config(name: str) -> Path:
 
 
 def _launch(command: str, launcher: list[str], ours: list[str]) -> int:
+    import subprocess
+
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser = launch_command_parser()
-    launch_command(parser.parse_args([*launcher, "--module", "hf_unlearn.cli.main", command, *ours]))
+    try:
+        launch_command(parser.parse_args([*launcher, "--module", "hf_unlearn.cli.main", command, *ours]))
+    except subprocess.CalledProcessError as error:  # one process
+        return error.returncode
+    except ChildFailedError as error:  # several: the ranks have printed their own errors
+        rank, failure = error.get_first_failure()
+        print(f"hf-unlearn {command}: rank {rank} failed first (exit code {failure.exitcode})", file=sys.stderr)
+        return 1
     return 0
 
 
