@@ -33,7 +33,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(workspace: Path, engine: str, *, rows_a_process: int = 2, folder: str = "out") -> tuple[subprocess.CompletedProcess[str], Path]:
+def launch(
+    workspace: Path, engine: str, *, rows_a_process: int = 2, folder: str = "out"
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     output = workspace / f"{folder}-{engine}"
     options = {
         "accelerate_config": engine,
@@ -86,7 +88,9 @@ def test_every_engine_launches_and_ends_at_the_same_weights(workspace: Path) -> 
         assert extra <= {"lm_head.weight"}, "ZeRO-3 gathers tied weights by both of their names"
         worst = max(float((weights[engine][key] - value).abs().max()) for key, value in weights["single"].items())
         assert worst < 1e-5, f"{engine} differs from one process by {worst}"
-        assert states[engine]["duals"]["multipliers"] == pytest.approx(states["single"]["duals"]["multipliers"], abs=1e-5)
+        assert states[engine]["duals"]["multipliers"] == pytest.approx(
+            states["single"]["duals"]["multipliers"], abs=1e-5
+        )
 
 
 def test_a_failing_launch_says_why_and_has_no_success_code(workspace: Path) -> None:
