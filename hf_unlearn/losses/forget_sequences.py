@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.losses.tokens import LossOutput, reduce_sequences, upcast
+from hf_unlearn.losses.rows import upcast
+from hf_unlearn.losses.tokens import LossOutput, reduce_sequences
 
 
 def npo_loss(logps: Tensor, ref_logps: Tensor, *, num_tokens: Tensor, beta: float = 0.1) -> LossOutput:

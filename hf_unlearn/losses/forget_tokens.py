@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.losses.tokens import (
-    LossOutput,
-    reduce_tokens,
-    reference_positions,
-    response_positions,
+from hf_unlearn.losses.rows import (
+    row_kl_to_uniform,
+    row_margin,
+    row_missing_entropy,
+    row_undial,
+    saturation_importance,
     target_log_probs,
-    upcast,
+    weighted_ascent,
 )
+from hf_unlearn.losses.tokens import LossOutput, reduce_tokens, reference_positions, response_positions
 
 
 def lmf_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> LossOutput:
@@ -41,10 +41,7 @@ def lmf_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -
         [`LossOutput`]: in squared logits; metric `margin`, the mean margin in logits.
     """
     rows, _, mask = response_positions(logits, labels)
-    # The maximum of half logits is exact and the mean accumulates in float32, so the rows need no float32 copy.
-    # `max(dim)` sends the gradient of a tie to one index, `amax` would spread it.
-    top = upcast(rows.max(dim=-1).values)
-    margin = top - rows.mean(dim=-1, dtype=top.dtype)
+    margin = row_margin(rows)
     return reduce_tokens(margin.square(), mask, weights=weights, metrics={"margin": margin})
 
 
@@ -62,9 +59,7 @@ def kl_to_uniform_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None
         [`LossOutput`]: in nats.
     """
     rows, _, mask = response_positions(logits, labels)
-    rows = upcast(rows)
-    values = rows.logsumexp(dim=-1) - rows.mean(dim=-1) - math.log(rows.shape[-1])
-    return reduce_tokens(values, mask, weights=weights)
+    return reduce_tokens(row_kl_to_uniform(rows), mask, weights=weights)
 
 
 def entropy_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> LossOutput:
@@ -82,9 +77,9 @@ def entropy_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = Non
         [`LossOutput`]: in nats; metric `entropy`.
     """
     rows, _, mask = response_positions(logits, labels)
-    logp = F.log_softmax(upcast(rows), dim=-1)
-    entropy = -(logp.exp() * logp).sum(dim=-1)
-    return reduce_tokens(math.log(logits.shape[-1]) - entropy, mask, weights=weights, metrics={"entropy": entropy})
+    missing = row_missing_entropy(rows)
+    entropy = math.log(logits.shape[-1]) - missing
+    return reduce_tokens(missing, mask, weights=weights, metrics={"entropy": entropy})
 
 
 def grad_ascent_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> LossOutput:
@@ -121,8 +116,7 @@ def wga_loss(logits: Tensor, labels: Tensor, *, beta: float = 1.0, weights: Tens
     """
     rows, targets, mask = response_positions(logits, labels)
     logp = target_log_probs(rows, targets)
-    own = logp.detach().exp().pow(beta)
-    return reduce_tokens(own * logp, mask, weights=weights, metrics={"nll": -logp})
+    return reduce_tokens(weighted_ascent(logp, beta=beta), mask, weights=weights, metrics={"nll": -logp})
 
 
 def satimp_loss(
@@ -144,9 +138,8 @@ def satimp_loss(
     """
     rows, targets, mask = response_positions(logits, labels)
     logp = target_log_probs(rows, targets)
-    p = logp.detach().exp()
-    own = p.pow(beta1) * (1 - p).pow(beta2)
-    return reduce_tokens(own * logp, mask, weights=weights, metrics={"nll": -logp})
+    values = saturation_importance(logp, beta1=beta1, beta2=beta2)
+    return reduce_tokens(values, mask, weights=weights, metrics={"nll": -logp})
 
 
 def undial_loss(
@@ -167,8 +160,5 @@ def undial_loss(
         [`LossOutput`]: in nats; its minimum is the entropy of `q`, not zero.
     """
     rows, targets, mask = response_positions(logits, labels)
-    # The rows are a copy: adding in place leaves the caller's reference logits as they are.
-    lowered = upcast(reference_positions(ref_logits, logits, labels))
-    lowered.scatter_add_(-1, targets.unsqueeze(-1), torch.full_like(lowered[:, :1], -beta))
-    values = F.cross_entropy(upcast(rows), lowered.softmax(dim=-1), reduction="none")
+    values = row_undial(rows, reference_positions(ref_logits, logits, labels), targets, beta=beta)
     return reduce_tokens(values, mask, weights=weights)

@@ -6,17 +6,10 @@ response.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.losses.tokens import (
-    LossOutput,
-    reduce_tokens,
-    reference_positions,
-    response_positions,
-    target_log_probs,
-    upcast,
-)
+from hf_unlearn.losses.rows import row_kl_to_reference, target_log_probs
+from hf_unlearn.losses.tokens import LossOutput, reduce_tokens, reference_positions, response_positions
 
 
 def nll_loss(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> LossOutput:
@@ -51,8 +44,6 @@ def kl_to_reference_loss(
     Returns:
         [`LossOutput`]: in nats.
     """
-    rows, _, mask = response_positions(logits, labels)
-    logp = F.log_softmax(upcast(rows), dim=-1)
-    logq = F.log_softmax(upcast(reference_positions(ref_logits, logits, labels)), dim=-1)
-    values = F.kl_div(logp, logq, reduction="none", log_target=True).sum(dim=-1)
-    return reduce_tokens(values, mask, weights=weights)
+    rows, targets, mask = response_positions(logits, labels)
+    ref_rows = reference_positions(ref_logits, logits, labels)
+    return reduce_tokens(row_kl_to_reference(rows, ref_rows, targets), mask, weights=weights)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_unlearn.losses.rows import target_log_probs
+
 IGNORE_INDEX = -100
 
 
@@ -37,11 +39,6 @@ class LossOutput:
     total: Tensor
     count: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-
-
-def upcast(values: Tensor) -> Tensor:
-    """Return `values` in float32 if they are in a half type, unchanged otherwise."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def shift(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,11 +104,6 @@ def reference_positions(ref_logits: Tensor, logits: Tensor, labels: Tensor) -> T
             "come from the same batch and vocabulary"
         )
     return response_positions(ref_logits.detach(), labels)[0]
-
-
-def target_log_probs(rows: Tensor, targets: Tensor) -> Tensor:
-    """Return `log softmax(rows)[targets]`, shape `(N,)`, from rows `(N, V)` and targets `(N,)`; never in half."""
-    return -F.cross_entropy(upcast(rows), targets, reduction="none")
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
