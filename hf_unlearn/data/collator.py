@@ -34,8 +34,8 @@ def pad_rows(
             Where the padding goes.
 
     Returns:
-        `dict[str, Tensor]`: `input_ids`, `attention_mask`, `labels`, each (B, T) `int64`, and `index` (B,) if rows
-        have one.
+        `dict[str, Tensor]`: `input_ids`, `attention_mask`, `labels`, each (B, T) `int64`; `response_positions` (N,),
+        the flat positions of (B, T) whose logits predict a label; and `index` (B,) if rows have one.
 
     Raises:
         ValueError: no rows, a row without tokens or labels, or `labels` and `input_ids` of different lengths.
@@ -65,6 +65,9 @@ def pad_rows(
         batch["input_ids"][number, real] = tokens
         batch["attention_mask"][number, real] = 1
         batch["labels"][number, real] = torch.as_tensor(row["labels"], dtype=torch.int64)
+    # Counted here, where nothing has to wait for a device: the positions whose logits predict a label.
+    ahead = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    batch["response_positions"] = (ahead != IGNORE_INDEX).flatten().nonzero().squeeze(-1)
     if all("index" in row for row in rows):
         batch["index"] = torch.tensor([int(row["index"]) for row in rows], dtype=torch.int64)
     return batch

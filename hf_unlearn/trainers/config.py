@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
+from .engines import check_launch, check_one_engine
 from .objective import ForgetLossName, RetainLossName
 
 Cycle = Literal["forget", "retain", "longest", "shortest"]
@@ -52,6 +53,12 @@ class UnlearningConfig(TrainingArguments):
             Where reference logits (`"kl"`, `"undial"`) come from: `"adapter"` switches the LoRA adapter off, `"copy"`
             keeps a frozen copy, `"auto"` takes the adapter when there is one. NPO and DPO need neither: their
             reference is one cached number an example.
+        fused_head (`bool`, *optional*, defaults to `True`):
+            Compute losses from hidden states at response positions, a chunk of logits at a time, and never the logits
+            of the whole batch. Compared with the model's own logits before the first step; whole logits are used, with
+            a warning, where they differ.
+        head_chunk_size (`int`, *optional*):
+            Rows of logits that exist at once. By default as many as fit into 64 MiB on a CPU, 1 GiB elsewhere.
         retain_eval_size (`int` or `float`, *optional*, defaults to `0.1`):
             Rows (or share) of every retain set that are held out to measure retention; at most 512 rows when given
             as a share. 0 measures on the training rows.
@@ -61,6 +68,8 @@ class UnlearningConfig(TrainingArguments):
             Keyword arguments of `from_pretrained` when the model is given as a string.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from the hub may run.
+        save_on_sigterm (`bool`, *optional*, defaults to `True`):
+            On SIGTERM (pre-emption) finish the step on every process, save a checkpoint and exit with code 0.
 
     Defaults that differ from TrainingArguments, as in TRL: `logging_steps=10`, activation (gradient) checkpointing on
     unless it is set, `bf16` on where an accelerator supports it. Others: `learning_rate=1e-5`,
@@ -120,17 +129,28 @@ class UnlearningConfig(TrainingArguments):
         default=0.1, metadata={"help": "Rows (>= 1) or share (< 1) of every retain set held out for evaluation."}
     )
     forget_eval_size: int = field(default=512, metadata={"help": "At most this many forget rows in evaluate()."})
+    fused_head: bool = field(
+        default=True, metadata={"help": "Losses at response positions only, without logits of the whole batch."}
+    )
+    head_chunk_size: int | None = field(
+        default=None, metadata={"help": "Rows of logits at once. Default: 64 MiB of them on a CPU, else 1 GiB."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained as JSON, for a model given by name."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether code from the hub may run."})
+    save_on_sigterm: bool = field(
+        default=True, metadata={"help": "On SIGTERM finish the step, save a checkpoint and exit with code 0."}
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         self.retain_weight = parse_per_name("retain_weight", self.retain_weight)
         self._resolve_checkpointing()
+        check_one_engine(self)
         super().__post_init__()
+        check_launch(self)
         for name in ("forget_loss_kwargs", "model_init_kwargs"):
             value = getattr(self, name)  # TrainingArguments parses strings that begin with "{"
             if value is not None and not isinstance(value, dict):
@@ -146,6 +166,8 @@ class UnlearningConfig(TrainingArguments):
             )
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; expected at least 2 tokens, or None for no limit.")
+        if self.head_chunk_size is not None and self.head_chunk_size < 1:
+            raise ValueError(f"head_chunk_size is {self.head_chunk_size}; expected None or at least 1 row.")
         if self.retain_eval_size < 0:
             raise ValueError(f"retain_eval_size is {self.retain_eval_size}; expected 0, a share below 1, or rows.")
         if self.forget_eval_size < 1:

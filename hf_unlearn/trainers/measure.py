@@ -11,33 +11,11 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..losses import IGNORE_INDEX, sequence_log_probs
+from ..losses import IGNORE_INDEX
 from .accounting import all_reduce_sums
+from .forward import ModelForward
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
-
-
-def forward_logits(model: Any, parts: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """
-    One forward pass over several padded batches, so that every engine sees one forward for one backward.
-
-    Args:
-        model (`Module`):
-            The model as the engine wrapped it.
-        parts (`Sequence[Mapping]`):
-            Batches with `input_ids` and `attention_mask` `(B_i, T_i)`, padded on the right.
-
-    Returns:
-        `list[Tensor]`: logits `(B_i, T_i, V)` of every part.
-    """
-    width = max(part["input_ids"].shape[1] for part in parts)
-
-    def stack(key: str) -> Tensor:
-        return torch.cat([torch.nn.functional.pad(part[key], (0, width - part[key].shape[1])) for part in parts])
-
-    logits = model(input_ids=stack("input_ids"), attention_mask=stack("attention_mask"), use_cache=False).logits
-    rows = logits.split([part["input_ids"].shape[0] for part in parts])
-    return [chunk[:, : part["input_ids"].shape[1]] for chunk, part in zip(rows, parts, strict=True)]
 
 
 def rank_batches(
@@ -96,6 +74,7 @@ def measure_sums(
 @torch.no_grad()
 def row_log_probs(
     model: Any,
+    forward: ModelForward,
     rows: Dataset,
     *,
     batch_size: int,
@@ -115,8 +94,8 @@ def row_log_probs(
         for batch in rank_batches(rows, batch_size, accelerator, collate, description):
             part = batch["alternative"] if alternative else batch
             with autocast():
-                (logits,) = forward_logits(model, [part])
-            logps, _ = sequence_log_probs(logits, part["labels"])
+                (scores,) = forward(model, [part])
+                logps = scores.row_sums(scores.log_probs())
             known = batch["index"] >= 0
             values[batch["index"][known]] = logps[known].float()
     finally:

@@ -1,17 +1,18 @@
-"""From a batch's logits to its loss terms: which forget loss, with which parameters, towards which level."""
+"""From a batch's scores to its loss terms: which forget loss, with which parameters, towards which level."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .. import losses
-from ..losses import LossOutput
+from ..losses import LossOutput, rows
+from ..losses.scores import Scores, through_log_probs
 from ..losses.target import Unit
 
 ForgetLossName = Literal[
@@ -23,22 +24,24 @@ TargetMode = Literal["gate", "anneal", "two_sided"]
 # Weight of overshoot against shortfall when a checkpoint is chosen; measured in docs/benchmarks.md.
 OVERSHOOT_WEIGHT = 0.25
 
-_TOKEN_LOSSES: dict[str, Callable[..., LossOutput]] = {
+# The public functions: their parameters are what forget_loss_kwargs may set.
+_LOSS_FUNCTIONS: dict[str, Callable[..., LossOutput]] = {
     "lmf": losses.lmf_loss,
     "kl_uniform": losses.kl_to_uniform_loss,
     "entropy": losses.entropy_loss,
     "grad_ascent": losses.grad_ascent_loss,
     "wga": losses.wga_loss,
     "satimp": losses.satimp_loss,
-}
-_LOSS_FUNCTIONS: dict[str, Callable[..., LossOutput]] = {
-    **_TOKEN_LOSSES,
     "undial": losses.undial_loss,
     "npo": losses.npo_loss,
     "simnpo": losses.simnpo_loss,
     "dpo": losses.dpo_loss,
     "idk_nll": losses.nll_loss,
 }
+# The same losses of single positions, for whole logits and for chunks of them.
+_OF_LOGP = {"grad_ascent": rows.identity, "wga": rows.weighted_ascent, "satimp": rows.saturation_importance}
+_OF_ROWS = {"kl_uniform": rows.row_kl_to_uniform, "entropy": rows.row_missing_entropy}
+_GATED = ("lmf", *_OF_LOGP, *_OF_ROWS)
 # Parameters a user may set by name; the rest of a signature is data.
 _DATA_ARGUMENTS = frozenset(
     {
@@ -78,14 +81,12 @@ class ForgetTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class ForgetBatch:
-    """What a forget loss may look at: logits `(B, T, V)`, labels `(B, T)`, and the reference's numbers."""
+    """What a forget loss may look at: the scores of the answers, and the reference's numbers."""
 
-    logits: Tensor
-    labels: Tensor
-    ref_logits: Tensor | None = None  # (B, T, V)
+    scores: Scores
+    ref: Scores | None = None
     ref_logps: Tensor | None = None  # (B,)
-    alternative_logits: Tensor | None = None  # (B, T', V), the refusal in place of the answer
-    alternative_labels: Tensor | None = None  # (B, T')
+    alternative: Scores | None = None  # the refusal in place of the answer
     ref_alternative_logps: Tensor | None = None  # (B,)
 
 
@@ -139,35 +140,63 @@ class ForgetObjective:
     @property
     def accepts_target(self) -> bool:
         """Whether the loss has a value for each token that a forget target can gate."""
-        return self.name in _TOKEN_LOSSES
+        return self.name in _GATED
 
     def __call__(self, batch: ForgetBatch, *, weights: Tensor | None = None) -> LossOutput:
-        """The loss of one batch; `weights` `(B,)` or `(B, T-1)` only where [`accepts_target`] is true."""
-        function, kwargs = _LOSS_FUNCTIONS[self.name], dict(self.kwargs)
-        if self.name in _TOKEN_LOSSES:
-            return function(batch.logits, batch.labels, weights=weights, **kwargs)
+        """The loss of one batch; `weights` `(N,)` for each response position only where [`accepts_target`] is true."""
+        scores, kwargs = batch.scores, dict(self.kwargs)
+        if self.name == "lmf":
+            return token_output(scores, *scores.margin_squared(weights))
+        if self.name in _OF_LOGP:
+            return token_output(scores, *scores.of_logp(partial(_OF_LOGP[self.name], **kwargs), weights))
+        if self.name in _OF_ROWS:
+            return token_output(scores, *scores.of_rows(_OF_ROWS[self.name], weights))
         assert weights is None, f"{self.name} has no value per token to weight"
         if self.name == "undial":
-            return function(batch.logits, batch.ref_logits, batch.labels, **kwargs)
+            assert batch.ref is not None
+            return token_output(scores, *scores.of_pairs(partial(rows.row_undial, **kwargs), batch.ref))
         if self.name == "idk_nll":
-            return function(batch.alternative_logits, batch.alternative_labels, **kwargs)
-        logps, num_tokens = losses.sequence_log_probs(batch.logits, batch.labels)
-        if self.name == "npo":
-            return function(logps, batch.ref_logps, num_tokens=num_tokens, **kwargs)
-        if self.name == "simnpo":
-            return function(logps, num_tokens, **kwargs)
-        assert batch.alternative_logits is not None
-        assert batch.alternative_labels is not None
-        chosen, num_chosen = losses.sequence_log_probs(batch.alternative_logits, batch.alternative_labels)
-        return function(
-            chosen,
-            logps,
-            batch.ref_alternative_logps,
-            batch.ref_logps,
-            num_chosen_tokens=num_chosen,
-            num_rejected_tokens=num_tokens,
-            **kwargs,
-        )
+            assert batch.alternative is not None
+            return token_output(batch.alternative, *batch.alternative.of_logp(rows.negative))
+        return self._of_sequences(batch, kwargs)
+
+    def _of_sequences(self, batch: ForgetBatch, kwargs: dict[str, Any]) -> LossOutput:
+        scores, twin = batch.scores, batch.alternative
+        kept: list[LossOutput] = []
+
+        def total(logp: Tensor, twin_logp: Tensor | None = None) -> Tensor:
+            sums = scores.row_sums(logp)
+            if self.name == "simnpo":
+                kept.append(losses.simnpo_loss(sums, scores.lengths, **kwargs))
+            elif self.name == "npo":
+                assert batch.ref_logps is not None
+                kept.append(losses.npo_loss(sums, batch.ref_logps, num_tokens=scores.lengths, **kwargs))
+            else:
+                assert twin is not None
+                assert twin_logp is not None
+                assert batch.ref_logps is not None
+                assert batch.ref_alternative_logps is not None
+                output = losses.dpo_loss(
+                    twin.row_sums(twin_logp),
+                    sums,
+                    batch.ref_alternative_logps,
+                    batch.ref_logps,
+                    num_chosen_tokens=twin.lengths,
+                    num_rejected_tokens=scores.lengths,
+                    **kwargs,
+                )
+                kept.append(output)
+            return kept[-1].total
+
+        value = through_log_probs(total, scores, *([twin] if self.name == "dpo" and twin is not None else []))
+        count = kept[-1].count
+        return LossOutput(loss=value / count.clamp(min=1.0), total=value, count=count, metrics=kept[-1].metrics)
+
+
+def token_output(scores: Scores, total: Tensor, values: Tensor) -> LossOutput:
+    """A [`LossOutput`] over the response tokens of the scores, from a sum and the values `(N,)`."""
+    count = total.new_tensor(float(scores.count))
+    return LossOutput(loss=total / count.clamp(min=1.0), total=total, count=count)
 
 
 def targeted_forget_loss(
@@ -180,31 +209,33 @@ def targeted_forget_loss(
         objective ([`ForgetObjective`]):
             A loss with a value for each token.
         batch ([`ForgetBatch`]):
-            Logits `(B, T, V)` and labels `(B, T)`.
+            Scores of the answers.
         target ([`ForgetTarget`]):
             The level and the way to it.
         normalizer (`float`, *optional*, defaults to `1.0`):
             The forget loss's value at step 0: the scale of the pull back.
     """
-    if target.mode == "two_sided":
-        logp, mask = losses.token_log_probs(batch.logits, batch.labels)
-    else:
-        with torch.no_grad():
-            logp, mask = losses.token_log_probs(batch.logits, batch.labels)
-    nll = -logp
-    unit_nll = nll if target.by == "token" else losses.example_nll(logp, mask).unsqueeze(-1).expand_as(mask)
+    scores = batch.scores
+    logp = scores.log_probs()
+    nll, mask = -scores.scatter(logp), scores.mask
     if target.mode == "anneal":
+        unit_nll = nll if target.by == "token" else losses.example_nll(-nll, mask).unsqueeze(-1).expand_as(mask)
         weights = ((target.level - unit_nll) / (target.band * target.level)).clamp(0.0, 1.0) * mask
         if target.by == "both":
             weights = weights * (nll < target.level)
-        return objective(batch, weights=weights)
-    # The level is a mean over examples, so examples are pulled back; single tokens of unseen text lie far above it.
-    unit_nll = losses.example_nll(logp, mask).unsqueeze(-1).expand_as(mask)
-    gated = objective(batch, weights=losses.target_gate(nll, mask, target.level, by=target.by))
+        return objective(batch, weights=scores.gather(weights))
+    gate = losses.target_gate(nll, mask, target.level, by=target.by)
+    gated = objective(batch, weights=scores.gather(gate))
     if target.mode == "gate":
         return gated
-    excess = torch.where(mask, (unit_nll - target.level).clamp(min=0.0) / target.level, 0.0)
-    total = gated.total + target.pull * normalizer * excess.square().sum()
+
+    def overshoot(logp: Tensor) -> Tensor:
+        # The level is a mean over examples, so examples are pulled back; single tokens of unseen text lie far above.
+        lengths = scores.lengths.to(logp)
+        excess = (-scores.row_sums(logp) / lengths.clamp(min=1.0) - target.level).clamp(min=0.0) / target.level
+        return target.pull * normalizer * (excess.square() * lengths).sum()
+
+    total = gated.total + through_log_probs(overshoot, scores)
     return LossOutput(loss=total / gated.count.clamp(min=1.0), total=total, count=gated.count, metrics=gated.metrics)
 
 
@@ -226,9 +257,9 @@ def level_distance(nll: Tensor, level: float) -> Tensor:
     return (level - nll).clamp(min=0.0) + OVERSHOOT_WEIGHT * (nll - level).clamp(min=0.0)
 
 
-def retain_loss(name: str, logits: Tensor, labels: Tensor, ref_logits: Tensor | None) -> LossOutput:
-    """The retain loss of one batch: `"nll"`, or `"kl"` from the reference's logits `(B, T, V)`."""
+def retain_loss(name: str, scores: Scores, ref: Scores | None) -> LossOutput:
+    """The retain loss of one batch: `"nll"`, or `"kl"` from the reference's scores."""
     if name == "kl":
-        assert ref_logits is not None
-        return losses.kl_to_reference_loss(logits, ref_logits, labels)
-    return losses.nll_loss(logits, labels)
+        assert ref is not None
+        return token_output(scores, *scores.of_pairs(rows.row_kl_to_reference, ref))
+    return token_output(scores, *scores.of_logp(rows.negative))

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..losses.scores import Scores
 from .config import check_choice
-from .measure import forward_logits
+from .forward import ModelForward
 from .model_setup import is_peft_model
 
 
@@ -47,6 +47,10 @@ class ReferenceModel:
         self._copy: Any = None if self._adapter_off else copy.deepcopy(model).eval().requires_grad_(False)
         self._prepared = False
 
+    def use(self, forward: ModelForward, *, fused: bool, chunk_size: int | None) -> None:
+        """Takes the trained model's forward pass, or makes one for the frozen copy."""
+        self.forward = forward if self._copy is None else ModelForward(self._copy, fused=fused, chunk_size=chunk_size)
+
     def prepare(self, accelerator: Any) -> None:
         """Moves or wraps a frozen copy the way the engine wants it; once, before the first forward pass."""
         if self._copy is not None and not self._prepared:
@@ -58,17 +62,24 @@ class ReferenceModel:
             self._copy.eval()
 
     @torch.no_grad()
-    def logits(self, model: Any, unwrapped: Any, parts: list[dict[str, Tensor]]) -> list[Tensor]:
-        """Logits `(B_i, T_i, V)` of every part under the reference, without gradient."""
-        off: AbstractContextManager[Any] = unwrapped.disable_adapter() if self._adapter_off else nullcontext()
+    def scores(self, model: Any, unwrapped: Any, parts: list[dict[str, Any]]) -> list[Scores]:
+        """Scores of every part under the reference, without gradient."""
         runner = model if self._adapter_off else self._copy
         was_training = runner.training
         runner.eval()  # the reference has no dropout, in the adapter's base neither
         try:
-            with off:
-                return forward_logits(runner, parts)
+            with self._off(unwrapped):
+                scores = self.forward(runner, parts)
         finally:
             runner.train(was_training)
+        for part in scores if self._adapter_off else []:
+            part.around_rows = lambda: self._off(
+                unwrapped
+            )  # rows are computed later, and the head may have an adapter
+        return scores
+
+    def _off(self, unwrapped: Any) -> AbstractContextManager[Any]:
+        return unwrapped.disable_adapter() if self._adapter_off else nullcontext()
 
 
 def _prepare_deepspeed(model: Any, accelerator: Any) -> Any:

@@ -12,6 +12,9 @@ def row(*ids, prompt=1):
     return {"input_ids": list(ids), "labels": [-100] * prompt + list(ids[prompt:])}
 
 
+PART = {"input_ids", "attention_mask", "labels", "response_positions"}
+
+
 def slow_pad(rows, pad, side, multiple):
     """The obvious twin: position by position."""
     width = max(len(r["input_ids"]) for r in rows)
@@ -26,6 +29,12 @@ def slow_pad(rows, pad, side, multiple):
             ("labels", r["labels"], -100),
         ):
             out[key].append([fill] * gap + values if side == "left" else values + [fill] * gap)
+    out["response_positions"] = [
+        number * width + t
+        for number, labels in enumerate(out["labels"])
+        for t in range(width - 1)
+        if labels[t + 1] != -100
+    ]
     return out
 
 
@@ -52,9 +61,9 @@ def test_each_part_is_padded_to_its_own_length_and_forget_rows_keep_their_index(
     ]
     batch = UnlearningCollator(pad_token_id=0)(items)
     assert set(batch) == {"forget", "retain"}
-    assert set(batch["forget"]) == {"input_ids", "attention_mask", "labels", "index"}
+    assert set(batch["forget"]) == PART | {"index"}
     assert batch["forget"]["index"].tolist() == [4, 9]
-    assert set(batch["retain"]["a"]) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch["retain"]["a"]) == PART
     widths = [part["input_ids"].shape for part in (batch["forget"], batch["retain"]["a"], batch["retain"]["b"])]
     assert widths == [(2, 3), (2, 5), (2, 2)]
 
@@ -66,7 +75,7 @@ def test_refusal_twins_become_the_alternative(chat_tokenizer):
     batch = UnlearningCollator(pad_token_id=chat_tokenizer.pad_token_id)(items)
     assert batch["retain"] == {}
     twin = batch["forget"]["alternative"]
-    assert set(twin) == {"input_ids", "attention_mask", "labels"}
+    assert set(twin) == PART
     for number in range(2):
         length = len(prepared[number]["alt_input_ids"])
         assert twin["input_ids"][number, :length].tolist() == prepared[number]["alt_input_ids"]
@@ -77,7 +86,7 @@ def test_refusal_twins_become_the_alternative(chat_tokenizer):
 def test_rows_that_are_not_paired_come_back_as_one_part():
     batch = UnlearningCollator(pad_token_id=0, pad_to_multiple_of=4)([row(5, 6), row(5, 6, 7)])
     assert batch["input_ids"].shape == (2, 4)
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == PART
 
 
 def test_tensor_rows_are_accepted():

@@ -33,22 +33,30 @@ def primal_dual(lab, folder, *, trained=True, model=None, optimizers=(None, None
 # ---- 1 ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("forget_loss", ["lmf", "grad_ascent", "entropy"])
-def test_1_exactly_the_positions_that_predict_the_answer_are_flattened(lab, tmp_path, forget_loss):
+def test_1_exactly_the_positions_that_predict_the_answer_are_flattened(lab, tmp_path, forget_loss, fused):
     trainer = primal_dual(
-        lab, tmp_path, forget_loss=forget_loss, forget_target="none", dual_init=0.0, max_steps=1, dual_warmup_steps=5
+        lab,
+        tmp_path,
+        forget_loss=forget_loss,
+        forget_target="none",
+        dual_init=0.0,
+        max_steps=1,
+        dual_warmup_steps=5,
+        fused_head=fused,
     )
     captured = []
 
-    def keep(module, inputs, output):
-        if output.requires_grad:
-            output.retain_grad()
-            captured.append(output)
+    def keep(module, inputs):
+        if inputs[0].requires_grad:
+            inputs[0].retain_grad()
+            captured.append(inputs[0])
 
-    trainer.model.lm_head.register_forward_hook(keep)
+    trainer.model.lm_head.register_forward_pre_hook(keep)  # sees all positions, before the fused head takes its own
     trainer.train()
-    (logits,) = captured
-    touched = logits.grad.abs().sum(-1) > 0
+    hidden = captured[0]
+    touched = hidden.grad.abs().sum(-1) > 0
     for number, item in enumerate(trainer.recorder.batches[0]):
         labels = item["forget"]["labels"]
         expected = [t for t in range(len(labels) - 1) if labels[t + 1] != -100]

@@ -1,0 +1,210 @@
+"""Losses straight from hidden states through a linear head, without logits for the whole batch.
+
+Shapes: N response positions, d hidden size, V vocabulary. A chunk of logits lives only long enough to give its values
+and, because the weight of every row is known, its gradients as well: forward costs what forward and backward of the
+plain form cost, backward is one multiplication. (The idea of accumulating in forward is Liger Kernel's, arXiv
+2410.10989.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_unlearn.losses.head import OutputHead
+from hf_unlearn.losses.rows import LogpFunction, PairedRowFunction, RowFunction, upcast
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type in which autocast would run the head's matrix product."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+class _Accumulator:
+    """Chunks of logits of a linear head, and the gradients that are collected from them."""
+
+    def __init__(self, head: OutputHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Any) -> None:
+        self.head = head
+        self.dtype = compute_dtype(weight)
+        self.hidden = hidden.to(self.dtype)
+        self.weight = weight.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+        # A half weight gets a half gradient anyway; a float32 weight under autocast keeps a float32 sum.
+        self.grad_weight = torch.zeros_like(weight, dtype=weight.dtype if half else wide) if needs[1] else None
+        self.grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
+
+    @property
+    def needs_grad(self) -> bool:
+        return any(grad is not None for grad in (self.grad_hidden, self.grad_weight, self.grad_bias))
+
+    def slices(self) -> Any:
+        return self.head.chunks(len(self.hidden), len(self.weight), self.hidden.device)
+
+    def rows(self, part: slice) -> Tensor:
+        """Finished logits `(n, V)` of a chunk."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return self.head.finish(F.linear(self.hidden[part], self.weight, self.bias))
+
+    def add(self, part: slice, grad: Tensor, rows: Tensor) -> None:
+        """Takes the gradient `(n, V)` of finished logits; both tensors may be overwritten."""
+        grad = self.head.unfinish_(grad, rows)
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(dim=0)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            grad = grad.to(self.dtype)
+            if self.grad_hidden is not None:
+                self.grad_hidden[part] = (grad @ self.weight).to(self.grad_hidden.dtype)
+            if self.grad_weight is None:
+                return
+            if self.grad_weight.dtype == self.dtype:
+                self.grad_weight.addmm_(grad.t(), self.hidden[part])
+            else:
+                self.grad_weight += grad.t() @ self.hidden[part]
+
+
+class _Fused(torch.autograd.Function):
+    """Base of the two sums below: backward scales what forward has accumulated."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
+        """Scales the gradients of forward, in place: a second pass over the same graph has nothing left to scale."""
+        if ctx.grads is None:
+            raise RuntimeError(
+                "The gradients of a fused loss were asked for twice. They are kept for one backward pass; run the "
+                "forward pass again, or use whole logits (fused_head=False)."
+            )
+        grads = [
+            None if grad is None else grad.mul_(grad_total.to(grad.dtype)).to(dtype)
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
+        ctx.grads = None
+        return (*grads, *[None] * ctx.others)
+
+    @staticmethod
+    def finish(ctx: Any, sums: _Accumulator, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: int) -> None:
+        """Keeps what backward needs. Not by save_for_backward: these are nobody's inputs, and they change in place."""
+        ctx.grads = (sums.grad_hidden, sums.grad_weight, sums.grad_bias)
+        ctx.dtypes = [hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype]
+        ctx.others = others
+
+
+class LogpSum(_Fused):
+    """`sum_n w_n f(log p_n)` and the values `f(log p_n)`, where the gradient by the logits is `w f' (e_y - p)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weights: Tensor | None,
+        head: OutputHead,
+        function: LogpFunction,
+    ) -> tuple[Tensor, Tensor]:
+        """`(total, values (N,))`; the gradients are ready when it returns."""
+        sums = _Accumulator(head, hidden, weight, bias, ctx.needs_input_grad)
+        wide = upcast(hidden).dtype
+        values = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        for part in sums.slices():
+            rows, labels = sums.rows(part), targets[part].unsqueeze(-1)
+            chosen, top = rows.gather(-1, labels), rows.amax(dim=-1, keepdim=True)
+            # `rows` itself is needed again only for the slope of a cap
+            mass = (rows if head.cap is None else rows.clone()).sub_(top).exp_()
+            size = mass.sum(dim=-1, keepdim=True)
+            with torch.enable_grad():
+                logp = (chosen - top - size.log()).squeeze(-1).requires_grad_()
+                value = function(logp)
+            values[part] = value.detach().to(wide)
+            if not sums.needs_grad:
+                continue
+            scale = torch.ones_like(value) if row_weights is None else row_weights[part].to(value)
+            (slope,) = torch.autograd.grad(value, logp, scale)
+            slope = slope.unsqueeze(-1)
+            grad = mass.mul_(-slope / size).scatter_add_(-1, labels, slope)
+            sums.add(part, grad, rows)
+        _Fused.finish(ctx, sums, hidden, weight, bias, 4)
+        ctx.mark_non_differentiable(values)
+        total = (values if row_weights is None else values * row_weights.to(values)).sum()
+        return total, values
+
+
+class RowSum(_Fused):
+    """`sum_n w_n f(z_n)` and the values `f(z_n)` for any function of single rows, perhaps with a reference's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weights: Tensor | None,
+        head: OutputHead,
+        function: RowFunction | PairedRowFunction,
+        reference: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`(total, values (N,))`; the gradients are ready when it returns."""
+        sums = _Accumulator(head, hidden, weight, bias, ctx.needs_input_grad)
+        values = torch.zeros(len(hidden), dtype=upcast(hidden).dtype, device=hidden.device)
+        for part in sums.slices():
+            others = () if reference is None else (reference(part), targets[part])
+            with torch.enable_grad():
+                rows = sums.rows(part).requires_grad_()
+                value = function(rows, *others)
+            values[part] = value.detach().to(values.dtype)
+            if not sums.needs_grad:
+                continue
+            scale = torch.ones_like(value) if row_weights is None else row_weights[part].to(value)
+            (grad,) = torch.autograd.grad(value, rows, scale)
+            sums.add(part, grad, rows.detach())
+        _Fused.finish(ctx, sums, hidden, weight, bias, 5)
+        ctx.mark_non_differentiable(values)
+        total = (values if row_weights is None else values * row_weights.to(values)).sum()
+        return total, values
+
+
+class TopGap(torch.autograd.Function):
+    """
+    `(W_a - mean_k W_k) h + (b_a - mean_k b_k)`: the margin of a linear head, given the arg-max `a` of every row.
+
+    Its gradient needs two rows of the head for each position, so backward is a gather and a rank-one update; no
+    product with the vocabulary is formed (`d margin / dz = e_argmax - 1/V`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor) -> Tensor:
+        """Margins `(N,)` of hidden states `(N, d)` for the arg-max `(N,)`."""
+        wide = upcast(hidden).dtype
+        direction = weight.index_select(0, top).to(wide) - weight.mean(dim=0, dtype=wide)
+        gap = (direction * hidden.to(wide)).sum(dim=-1)
+        if bias is not None:
+            gap = gap + bias.index_select(0, top).to(wide) - bias.mean(dtype=wide)
+        ctx.save_for_backward(hidden, direction, top)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return gap
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gathered rows and one rank-one update."""
+        (grad,) = grads
+        hidden, direction, top = ctx.saved_tensors
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad.unsqueeze(-1) * direction).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            outer = grad.unsqueeze(-1) * hidden.to(grad.dtype)
+            everywhere = (outer.sum(dim=0) / -ctx.shape[0]).to(ctx.dtype)
+            grad_weight = everywhere.expand(ctx.shape).clone().index_add_(0, top, outer.to(ctx.dtype))
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            flat = (grad.sum() / -ctx.shape[0]).to(ctx.bias_dtype)
+            grad_bias = flat.expand(ctx.shape[0]).clone().index_add_(0, top, grad.to(ctx.bias_dtype))
+        return grad_hidden, grad_weight, grad_bias, None

@@ -1,0 +1,98 @@
+"""The output head of a decoder: from hidden states to logits, a chunk of rows at a time.
+
+Shapes: N response positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_unlearn.losses.rows import upcast
+
+# Elements of a chunk of float32 logits: 96 MiB on a CPU, 1 GiB on an accelerator.
+_CHUNK_ELEMENTS = {"cpu": 3 * 2**23}
+_CHUNK_ELEMENTS_ELSEWHERE = 2**28
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutputHead:
+    """
+    `logits = cap * tanh(scale * head(h) / cap)`; without a cap `scale * head(h)`.
+
+    Args:
+        module (`nn.Module`):
+            What the model calls on its last hidden states: a linear layer, or a layer with an adapter.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        cap (`float`, *optional*):
+            Soft cap on the logits (Gemma's `final_logit_softcapping`).
+        whole (`Callable`, *optional*):
+            Context in which the module's weights are whole, where an engine shards them: entered once for each use,
+            so that every rank enters it equally often, whatever rows it has.
+        sharded (`Callable`, *optional*):
+            Whether calling the module is a collective operation: all rows then go in one call, as ranks differ in
+            rows. Asked at each use: an engine wraps the model later.
+        chunk_size (`int`, *optional*):
+            Rows of logits that exist at once; by default as many as fit into 96 MiB (CPU) or 1 GiB.
+    """
+
+    module: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext
+    sharded: Callable[[], bool] = lambda: False
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size is {self.chunk_size}; expected None or at least 1 row.")
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap is {self.cap}; expected None or a positive bound on the logits.")
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The head as a plain linear layer, whose gradients have a closed form; None for anything else."""
+        offloaded = hasattr(self.module, "_hf_hook")  # accelerate moves the weights in when the module is called
+        return self.module if type(self.module) is nn.Linear and not offloaded else None
+
+    def chunks(self, rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+        """Slices of `rows` rows, each small enough."""
+        budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+        size = self.chunk_size or max(1, budget // max(vocabulary, 1))
+        if rows > size:
+            size = -(-rows // -(-rows // size))  # as many chunks, all alike
+        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """Scale and cap of raw logits `(n, V)`, in float32 or wider. May work in place on a float32 copy."""
+        rows = upcast(rows)
+        if self.scale != 1.0:
+            rows = rows * self.scale
+        if self.cap is not None:
+            rows = torch.tanh(rows / self.cap) * self.cap
+        return rows
+
+    def unfinish_(self, grad: Tensor, rows: Tensor) -> Tensor:
+        """Gradient `(n, V)` of the raw logits from that of the finished `rows`, in place."""
+        if self.cap is not None:
+            grad.mul_(1.0 - (rows / self.cap).square_())
+        if self.scale != 1.0:
+            grad.mul_(self.scale)
+        return grad
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """
+        Logits `(n, V)` of hidden states `(n, d)`. A plain linear layer is multiplied with, within [`whole`]; any other
+        module is called, so that adapters take part.
+        """
+        linear = self.linear
+        if linear is None:
+            return self.finish(self.module(hidden))
+        return self.finish(F.linear(hidden, linear.weight, linear.bias))
