@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..data import EpochSampler, PairedDataset, PairedIterableDataset, Pairing, UnlearningCollator
-from ..losses import LossOutput, example_nll, token_log_probs
+from ..losses import LossOutput
+from ..losses.scores import Scores
 from .accounting import (
     FORGET,
     FORGET_SEQUENCES,
@@ -23,13 +24,16 @@ from .accounting import (
     retain_key,
     sum_counts,
 )
+from .checkpoints import RunRecord, describe_model, engine_name
 from .config import Cycle, UnlearningConfig, as_kwargs
 from .datasets import order_seed, prepare
+from .engines import check_parallelism, check_reference
+from .forward import ModelForward
 from .hooks import SetupCallback
 from .lifecycle import FORGET_NLL, Lifecycle
-from .measure import forward_logits
 from .model_setup import add_adapter, check_causal_lm, check_lengths, check_row_lengths, load_model, load_tokenizer
 from .objective import ForgetBatch, ForgetObjective, ForgetTarget, retain_loss, targeted_forget_loss
+from .preemption import STOP, Preemption
 from .reference import ReferenceModel
 
 
@@ -94,13 +98,10 @@ class UnlearningTrainer(Lifecycle):
             args = self.config_class(output_dir="unlearning-output")
         if not isinstance(args, self.config_class):
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
-        if getattr(args, "parallelism_config", None) is not None and args.parallelism_config.cp_enabled:
-            raise ValueError(
-                "Context parallelism splits top-level labels; unlearning batches are nested. Turn it off."
-            )
         self.objective = ForgetObjective(name=args.forget_loss, kwargs=as_kwargs(args.forget_loss_kwargs))
         model = load_model(model, args, quantization_config)
         check_causal_lm(model)
+        check_parallelism(args, model)
         tokenizer = load_tokenizer(processing_class, model, args)
         check_lengths(model, args)
         self.data = prepare(
@@ -119,10 +120,15 @@ class UnlearningTrainer(Lifecycle):
         model = add_adapter(model, peft_config, args)
         self.reference: ReferenceModel | None = None
         if self.objective.needs_reference_logits or (args.retain_loss == "kl" and self.data.retain):
+            check_reference(args, model, fresh_adapter=self._fresh_adapter)
             self.reference = ReferenceModel(model, args.reference_policy, fresh_adapter=self._fresh_adapter)
+        self.forward = ModelForward(model, fused=args.fused_head, chunk_size=args.head_chunk_size)
+        if self.reference is not None:
+            self.reference.use(self.forward, fused=args.fused_head, chunk_size=args.head_chunk_size)
         collator = UnlearningCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
         # The filter hides a NaN behind the running mean; here it stops the run, naming step and term.
         args.logging_nan_inf_filter = False
+        self.preemption = Preemption(args.save_on_sigterm)
         super().__init__(
             model=model,
             args=args,
@@ -131,7 +137,7 @@ class UnlearningTrainer(Lifecycle):
             eval_dataset=self.data.forget_eval,
             processing_class=tokenizer,
             compute_metrics=None,
-            callbacks=[SetupCallback(self), *(callbacks or [])],
+            callbacks=[SetupCallback(self), *(callbacks or []), self.preemption],
             optimizers=optimizers,
         )
         self._collate = collator
@@ -148,6 +154,7 @@ class UnlearningTrainer(Lifecycle):
         self.reference_logps: dict[str, Tensor] = {}
         self._resume_from: str | None = None
         self._is_set_up = False
+        self._model_record = describe_model(self.model)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
 
@@ -186,6 +193,18 @@ class UnlearningTrainer(Lifecycle):
         self.normalizer = float(state["normalizer"])
         self.tokens_seen = float(state["tokens_seen"])
 
+    def run_record(self) -> RunRecord:
+        """What a run that resumes a checkpoint of this one must have in common with it."""
+        args, sets = self.args, {"forget": self.data.forget, **{retain_key(k): v for k, v in self.data.retain.items()}}
+        rows = {name: len(rows) for name, rows in sets.items() if not isinstance(rows, IterableDataset)}
+        return RunRecord(
+            engine=engine_name(self),
+            processes=args.world_size,
+            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            data={**rows, "seed": order_seed(args)},
+            model=self._model_record,
+        )
+
     # ---- data ----------------------------------------------------------------------------------------------------
 
     def _paired(self, args: UnlearningConfig) -> PairedDataset | PairedIterableDataset:
@@ -223,6 +242,8 @@ class UnlearningTrainer(Lifecycle):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetches the micro-batches of a step and counts their units over all ranks before the first forward pass."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -260,10 +281,14 @@ class UnlearningTrainer(Lifecycle):
         return loss
 
     def _close_step(self) -> None:
+        self.ledger.add({STOP: self.preemption.flag(self.accelerator.device)})
         sums = self.ledger.close(self.accelerator)
+        stop = sums.pop(STOP) > 0
         means = {key: total / self.ledger.counts[self._unit(key)].clamp(min=1.0) for key, total in sums.items()}
-        finite = torch.stack([value.isfinite() for value in means.values()])
-        if not bool(finite.all()):  # the one wait for the device in a step; it replaces the Trainer's NaN filter
+        finite = torch.stack([value.isfinite() for value in means.values()]).all()
+        # the one wait for the device in a step; it replaces the Trainer's NaN filter
+        self.preemption.agreed, is_finite = torch.stack([stop, finite]).tolist()
+        if not is_finite:
             raise FloatingPointError(self._nonfinite_message(means))
         self.tokens_seen += self.ledger.counts[TOKENS].item()
         for key, value in {**means, **self.after_step(means)}.items():
@@ -277,48 +302,43 @@ class UnlearningTrainer(Lifecycle):
         parts = [forget, *retain.values()]
         if self.objective.needs_alternative:
             parts.append(forget["alternative"])
-        logits = forward_logits(model, parts)
-        ref: list[Tensor | None] = [None] * len(parts)
+        scores = self.forward(model, parts)
+        ref: list[Scores | None] = [None] * len(parts)
         if self.reference is not None:
-            ref = list(self.reference.logits(model, self.accelerator.unwrap_model(model), parts))
+            ref = list(self.reference.scores(model, self.accelerator.unwrap_model(model), parts))
+        answers = scores[0]
         batch = ForgetBatch(
-            logits=logits[0],
-            labels=forget["labels"],
-            ref_logits=ref[0],
-            ref_logps=self._cached("answer", forget, logits[0]),
-            alternative_logits=logits[-1] if self.objective.needs_alternative else None,
-            alternative_labels=forget["alternative"]["labels"] if self.objective.needs_alternative else None,
-            ref_alternative_logps=self._cached("alternative", forget, logits[0]),
+            scores=answers,
+            ref=ref[0],
+            ref_logps=self._cached("answer", forget, answers),
+            alternative=scores[-1] if self.objective.needs_alternative else None,
+            ref_alternative_logps=self._cached("alternative", forget, answers),
         )
         if self.target is not None:
             term = targeted_forget_loss(self.objective, batch, self.target, self.normalizer)
         else:
             term = self.objective(batch)
-        with torch.no_grad():
-            logp, mask = token_log_probs(logits[0].detach(), forget["labels"])
-            term.metrics["nll_total"] = -logp.sum()
-            term.metrics["nll_rows"] = example_nll(logp, mask)
-        retains = {
-            name: retain_loss(self.args.retain_loss, logits[1 + i], retain[name]["labels"], ref[1 + i])
-            for i, name in enumerate(names)
-        }
+        nll = -answers.log_probs()
+        term.metrics["nll_total"] = nll.sum()
+        term.metrics["nll_rows"] = answers.row_sums(nll) / answers.lengths.clamp(min=1)
+        retains = {name: retain_loss(self.args.retain_loss, scores[1 + i], ref[1 + i]) for i, name in enumerate(names)}
         return term, retains
 
     def _retain_term(self, model: Any, batch: dict[str, Tensor]) -> LossOutput:
         """Retain loss of one padded batch of a single set."""
-        (logits,) = forward_logits(model, [batch])
+        (scores,) = self.forward(model, [batch])
         ref = None
         if self.args.retain_loss == "kl":
             assert self.reference is not None
-            (ref,) = self.reference.logits(model, self.accelerator.unwrap_model(model), [batch])
-        return retain_loss(self.args.retain_loss, logits, batch["labels"], ref)
+            (ref,) = self.reference.scores(model, self.accelerator.unwrap_model(model), [batch])
+        return retain_loss(self.args.retain_loss, scores, ref)
 
-    def _cached(self, kind: str, forget: Mapping[str, Tensor], like: Tensor) -> Tensor | None:
+    def _cached(self, kind: str, forget: Mapping[str, Tensor], like: Scores) -> Tensor | None:
         cache = self.reference_logps.get(kind)
         if cache is None:
             return None
-        if cache.device != like.device:
-            cache = self.reference_logps[kind] = cache.to(like.device)
+        if cache.device != like.index.device:
+            cache = self.reference_logps[kind] = cache.to(like.index.device)
         return cache[forget["index"]]
 
     def _unit(self, key: str) -> str:

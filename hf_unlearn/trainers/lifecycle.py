@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..losses import IGNORE_INDEX, example_nll, nll_loss, token_log_probs
+from ..losses import IGNORE_INDEX
 from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
-from .measure import forward_logits, measure_sums, row_log_probs
+from .checkpoints import check_same_run, delete_folder, resolve_checkpoint, rotate
+from .lost_ranks import explain_lost_processes
+from .measure import measure_sums, rank_batches, row_log_probs
 from .model_card import write_model_card
 from .objective import ForgetTarget, level_distance
-from .state import explain_storage_errors, load_method_state, resolve_checkpoint, save_method_state
+from .preemption import Preemption
+from .state import explain_storage_errors, load_method_state, save_method_state
 
 if TYPE_CHECKING:
     from .base import UnlearningTrainer
@@ -31,6 +35,8 @@ class Lifecycle(Trainer):
 
     control: TrainerControl
     target: ForgetTarget | None
+    preemption: Preemption
+    _is_saving = False
     _window: dict[str, Tensor]
     _window_steps: int
 
@@ -41,19 +47,40 @@ class Lifecycle(Trainer):
         As [`~transformers.Trainer.train`]; a resumed run continues with its multipliers, limits and cached values.
 
         Raises:
-            ValueError: the checkpoint is missing, incomplete, or another method's.
+            ValueError: the checkpoint is missing, incomplete, another method's, another model's or another run's.
             FloatingPointError: a loss became NaN or infinite; the message names the step and the term.
+            Preempted: SIGTERM stopped the run and its checkpoint is complete; ends the process with exit code 0.
+            LostProcessError: another process of the run is gone.
         """
-        self._resume_from = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if self._resume_from is not None:
-            load_method_state(self._resume_from, self.method)  # refuse before anything is loaded or wrapped
+        self._resume_from = self._same_on_all(resolve_checkpoint, resume_from_checkpoint, self.args.output_dir)
+        if self._resume_from is not None:  # refuse before anything is loaded or wrapped
+            state, _ = load_method_state(self._resume_from, self.method)
+            record = self.run_record()
+            check_same_run(state.get("run"), record, self._resume_from, ignore_data_skip=self.args.ignore_data_skip)
         self._is_set_up = False
-        return super().train(resume_from_checkpoint=self._resume_from, **kwargs)
+        with self.preemption.listening(), explain_lost_processes(self):
+            return super().train(resume_from_checkpoint=self._resume_from, **kwargs)
+
+    def _same_on_all(self: UnlearningTrainer, function: Callable[..., Any], *args: Any) -> Any:
+        """The main process's result, or its ValueError, on every process: folders may look different to each."""
+        if self.args.world_size == 1:
+            return function(*args)
+        answer: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                answer[0] = function(*args)
+            except ValueError as error:
+                answer[1] = str(error)
+        broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
 
     def set_up(self: UnlearningTrainer) -> None:
         """Calibrates before step 0, or restores; called once the engine has wrapped the model."""
         if self.reference is not None:
             self.reference.prepare(self.accelerator)
+        self._check_head(self.model_wrapped)
         self._window, self._window_steps = {}, 0
         if self._resume_from is not None:
             state, logps = load_method_state(self._resume_from, self.method)
@@ -64,6 +91,14 @@ class Lifecycle(Trainer):
                 self.reference_logps = self._cache_reference(self.model_wrapped)
             self.calibrate(self.model_wrapped)
         self._is_set_up = True
+
+    def _check_head(self: UnlearningTrainer, model: Any) -> None:
+        """The fused head against the model's own logits, on the first row."""
+        rows = next(rank_batches(self.data.forget_eval.select(range(1)), 1, self.accelerator, self._collate, None))
+        with self.compute_loss_context_manager():
+            self.forward.check(model, rows, self.accelerator)
+        if self.reference is not None and self.forward.head is None:
+            self.reference.forward.head = None  # both sides round alike
 
     def _cache_reference(self: UnlearningTrainer, model: Any) -> dict[str, Tensor]:
         rows = self.data.forget
@@ -76,6 +111,7 @@ class Lifecycle(Trainer):
         return {
             kind: row_log_probs(
                 model,
+                self.forward,
                 rows,
                 batch_size=self.args.eval_batch_size,
                 accelerator=self.accelerator,
@@ -141,15 +177,13 @@ class Lifecycle(Trainer):
         """Mean NLL of a dataset in nats: `token` (over tokens) and `example` (over the rows' means)."""
 
         def function(batch: dict[str, Any]) -> dict[str, Tensor]:
-            (logits,) = forward_logits(model, [batch])
-            loss = nll_loss(logits, batch["labels"])
-            logp, mask = token_log_probs(logits, batch["labels"])
-            rows_with_labels = mask.any(dim=-1).sum()
+            (scores,) = self.forward(model, [batch])
+            nll = -scores.log_probs()
             return {
-                "total": loss.total,
-                "tokens": loss.count,
-                "rows_total": example_nll(logp, mask).sum(),
-                "rows": rows_with_labels,
+                "total": nll.sum(),
+                "tokens": scores.lengths.sum(),
+                "rows_total": (scores.row_sums(nll) / scores.lengths.clamp(min=1)).sum(),
+                "rows": (scores.lengths > 0).sum(),
             }
 
         sums = self._sums(model, rows, function, name)
@@ -201,6 +235,7 @@ class Lifecycle(Trainer):
 
         model = self._model_for_evaluation()
         if not self._is_set_up:  # evaluate() before train(): the model as it came is its own reference
+            self._check_head(model)
             if self.reference is not None:
                 self.reference.prepare(self.accelerator)
             if self.objective.needs_reference_logps and not self.reference_logps:
@@ -297,17 +332,48 @@ class Lifecycle(Trainer):
         folder = output_dir or self.args.output_dir
         with explain_storage_errors(folder):
             super().save_model(output_dir, _internal_call=True)  # the push comes below, with the method's state
-            if self.args.should_save:
+            if self._is_saving:
+                self.args.save_total_limit = None  # nothing older is deleted before this checkpoint is complete
+            elif self.args.should_save:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 save_method_state(folder, self.method, self.method_state(), self.reference_logps)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self: UnlearningTrainer, model: Any, trial: Any) -> None:
-        """As the Trainer's; a disk that fills up with the optimizer's state is explained as in `save_model`."""
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with explain_storage_errors(folder):
-            super()._save_checkpoint(model, trial)
+        """
+        As the Trainer's, but complete or absent: the method's state is written when every process has written its
+        part, and lists all files; only then are older checkpoints deleted.
+        """
+        run_folder = Path(self._get_output_dir(trial))
+        folder = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit = self.args.save_total_limit
+        self._is_saving = True
+        try:
+            with explain_storage_errors(folder):
+                if self.args.should_save:
+                    delete_folder(folder)  # what a killed run left of it
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    run = self.run_record().to_json()
+                    save_method_state(folder, self.method, self.method_state(), self.reference_logps, run=run)
+                    rotate(run_folder, folder, limit=limit, best=self.state.best_model_checkpoint)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._is_saving = False
+            self.args.save_total_limit = limit
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, output_dir: str) -> None:
+        if not self._is_saving:  # the Trainer pushes before the checkpoint is complete
+            super()._push_from_checkpoint(output_dir)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        return is_best or self.preemption.agreed  # save_strategy="best" saves what this calls the best
 
     def create_model_card(
         self: UnlearningTrainer,

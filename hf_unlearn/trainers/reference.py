@@ -11,6 +11,7 @@ import torch
 from ..losses.scores import Scores
 from .config import check_choice
 from .forward import ModelForward
+from .frozen_copy import frozen_copy
 from .model_setup import is_peft_model
 
 
@@ -44,7 +45,7 @@ class ReferenceModel:
                 + " Use reference_policy='copy', or pass a peft_config."
             )
         self._adapter_off = policy != "copy" and is_peft_model(model) and fresh_adapter
-        self._copy: Any = None if self._adapter_off else copy.deepcopy(model).eval().requires_grad_(False)
+        self._copy: Any = None if self._adapter_off else frozen_copy(model)
         self._prepared = False
 
     def use(self, forward: ModelForward, *, fused: bool, chunk_size: int | None) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 STATE_FILE = "unlearning_state.json"
 LOGPS_FILE = "reference_log_probs.safetensors"
@@ -20,25 +19,6 @@ STATE_VERSION = 1
 _STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 )
-
-
-def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """
-    The checkpoint folder that `train(resume_from_checkpoint=...)` means, or None for a new run.
-
-    Raises:
-        ValueError: a folder was asked for and is not there.
-    """
-    if not resume_from_checkpoint:
-        return None
-    if resume_from_checkpoint is True:
-        path = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if path is None:
-            raise ValueError(f"resume_from_checkpoint=True, but {output_dir} holds no checkpoint to resume from.")
-        return path
-    if not Path(resume_from_checkpoint).is_dir():
-        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder.")
-    return str(resume_from_checkpoint)
 
 
 class SaveError(OSError):
@@ -63,7 +43,7 @@ def explain_storage_errors(folder: str | Path) -> Iterator[None]:
         raise SaveError(
             f"Saving to {folder} failed: {error}. Is the disk full? Free space or choose another output_dir; what "
             "this folder holds may be incomplete. Earlier checkpoints are untouched: continue with "
-            "train(resume_from_checkpoint=True) after removing this folder."
+            "train(resume_from_checkpoint=True), which takes the last complete one."
         ) from error
 
 
@@ -76,8 +56,35 @@ def _is_storage_error(error: BaseException) -> bool:
     return any(sign in text for sign in ("no space left", "i/o error", "inline_container", "pytorchstreamwriter"))
 
 
-def save_method_state(folder: str | Path, method: str, state: Mapping[str, Any], logps: Mapping[str, Tensor]) -> None:
-    """Writes the state to a folder that exists; each file appears whole or not at all."""
+def list_files(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of the files below a folder, by relative path, without the state's own."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def save_method_state(
+    folder: str | Path,
+    method: str,
+    state: Mapping[str, Any],
+    logps: Mapping[str, Tensor],
+    *,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Writes the state to a folder that exists; each file appears whole or not at all.
+
+    Args:
+        folder (`str` or `Path`):
+            Where to.
+        method (`str`):
+            Name of the method.
+        state (`Mapping[str, Any]`):
+            JSON-able values.
+        logps (`Mapping[str, Tensor]`):
+            Cached log-probabilities of the reference by kind, `(rows,)`.
+        run (`Mapping[str, Any]`, *optional*):
+            Of a checkpoint: which run it belongs to. The state is then the last file written and lists the others.
+    """
     folder = Path(folder)
     if logps:
         scratch = folder / f".{LOGPS_FILE}.partial"
@@ -85,6 +92,8 @@ def save_method_state(folder: str | Path, method: str, state: Mapping[str, Any],
         os.replace(scratch, folder / LOGPS_FILE)
     scratch = folder / f".{STATE_FILE}.partial"
     payload = {"version": STATE_VERSION, "method": method, **state}
+    if run is not None:
+        payload |= {"run": run, "files": list_files(folder)}
     scratch.write_text(json.dumps(payload, indent=2, allow_nan=False), encoding="utf-8")
     os.replace(scratch, folder / STATE_FILE)
 

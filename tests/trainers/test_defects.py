@@ -48,12 +48,12 @@ def test_1_exactly_the_positions_that_predict_the_answer_are_flattened(lab, tmp_
     )
     captured = []
 
-    def keep(module, inputs):
-        if inputs[0].requires_grad:
-            inputs[0].retain_grad()
-            captured.append(inputs[0])
+    def keep(module, inputs, output):
+        if output.requires_grad:
+            output.retain_grad()
+            captured.append(output)
 
-    trainer.model.lm_head.register_forward_pre_hook(keep)  # sees all positions, before the fused head takes its own
+    trainer.model.model.norm.register_forward_hook(keep)  # what the head reads
     trainer.train()
     hidden = captured[0]
     touched = hidden.grad.abs().sum(-1) > 0

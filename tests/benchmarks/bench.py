@@ -1,0 +1,153 @@
+"""`make bench`: ratios against named baselines, alternating in one run; medians of seconds, peaks of memory.
+
+python tests/benchmarks/bench.py [--data TOFU_FOLDER] [--repeats N] [--output FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from steps import ISSUE, LLAMA_1B, LLAMA_8B, Shape, batch, build, steps
+
+from hf_unlearn.lab.memory import PeakMemory
+
+SHAPES = {shape.name: shape for shape in (ISSUE, LLAMA_1B, LLAMA_8B)}
+# (what, against what, highest ratio that issue 3 allows for seconds and for memory)
+RATIOS = (
+    ("primal-dual, fused", "primal-dual, whole logits", 0.5, 0.35),
+    ("npo, fused", "npo, whole logits", None, None),
+    ("sft, fused", "sft, whole logits", None, None),
+    ("primal-dual, fused", "sft, fused", 1.10, None),
+    ("npo, fused", "sft, fused", 1.15, None),
+)
+
+
+def wait(device: str) -> None:
+    """Lets the device finish."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that whatever else the machine does hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            wait(device)
+            start = time.perf_counter()
+            function()
+            wait(device)
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of all gradients."""
+    return {name: value.grad.detach().clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def agreement(model: Any, forms: dict[str, Callable[[], Any]], name: str) -> dict[str, float]:
+    """Relative difference of the loss, and of the gradients by norm, between both ways of one form."""
+    want = forms[f"{name}, whole logits"]()
+    wanted = gradients(model)
+    got = forms[f"{name}, fused"]()
+    found = gradients(model)
+    norm = max(float(value.norm()) for value in wanted.values())
+    worst = max(float((found[key] - value).norm()) for key, value in wanted.items())
+    return {"loss": abs(float(got - want)) / abs(float(want)), "gradients": worst / norm}
+
+
+def peak_bytes(shape: Shape, form: str, dtype: str) -> tuple[int, int]:
+    """Peak of two steps in a process of its own, and what model and gradients alone take there."""
+    command = [sys.executable, __file__, "--peak-of", form, "--shape", shape.name, "--dtype", dtype]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+    peak, base = json.loads(out.strip().splitlines()[-1])
+    return peak, base
+
+
+def measure_peak(shape: Shape, form: str, dtype: str, device: str) -> None:
+    """Prints `[peak, base]` for [`peak_bytes`]."""
+    model = build(shape, getattr(torch, dtype), device)
+    function = steps(model, batch(shape, device))[form]
+    base = sum(2 * value.numel() * value.element_size() for value in model.parameters())
+    with PeakMemory() as memory:
+        function()
+        function()
+    print(json.dumps([memory.bytes, base]))
+
+
+def bench_shape(shape: Shape, repeats: int, device: str, console: Console) -> dict[str, Any]:
+    """All forms on one shape."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    model = build(shape, getattr(torch, dtype), device)
+    forms = steps(model, batch(shape, device))
+    same = {name: agreement(model, forms, name) for name in ("primal-dual", "npo", "sft")}
+    times = seconds(forms, repeats, device)
+    model.zero_grad(set_to_none=True)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    peaks = {name: peak_bytes(shape, name, dtype) for name in forms}
+    tokens = 2 * shape.rows * shape.tokens
+    table = Table(title=f"{shape.name}, {dtype}, {tokens} tokens a step, half of them masked, {device}")
+    for column in ("form", "seconds", "tokens/s", "peak MiB", "of it weights and gradients"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for name in forms:
+        peak, base = peaks[name]
+        table.add_row(
+            name, f"{times[name]:.3f}", f"{tokens / times[name]:.0f}", f"{peak / 2**20:.0f}", f"{base / 2**20:.0f}"
+        )
+    console.print(table)
+    ratios = Table(title="ratios")
+    for column in ("form", "baseline", "time", "allowed", "peak memory", "allowed"):
+        ratios.add_column(column, justify="left" if column in ("form", "baseline") else "right")
+    rows = []
+    for form, baseline, time_limit, memory_limit in RATIOS:
+        ratio, memory = times[form] / times[baseline], peaks[form][0] / peaks[baseline][0]
+        shown = [f"{ratio:.2f}", str(time_limit or ""), f"{memory:.2f}", str(memory_limit or "")]
+        ratios.add_row(form, baseline, *shown)
+        rows.append({"form": form, "baseline": baseline, "time": ratio, "memory": memory})
+    console.print(ratios)
+    for name, differences in same.items():
+        console.print(f"{name}: fused against whole logits: {differences}")
+    return {"shape": shape.name, "seconds": times, "peaks": peaks, "ratios": rows, "agreement": same}
+
+
+def main() -> None:
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="TOFU folder, for the padding of real rows")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"))
+    parser.add_argument("--forms", nargs="*", help="only these forms, e.g. 'primal-dual'")
+    parser.add_argument("--shape", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.peak_of:
+        measure_peak(SHAPES[arguments.shape], arguments.peak_of, arguments.dtype, device)
+        return
+    console = Console()
+    chosen = [arguments.shape] if arguments.shape else ([LLAMA_1B.name] if device == "cuda" else [ISSUE.name])
+    results = [bench_shape(SHAPES[name], arguments.repeats, device, console) for name in chosen]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    console.print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What torchrun starts: everything that needs two processes, in one launch, since starting them is what takes time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from cases import make_trainer, quiet
+from restarts import break_one_rank, continue_with_two, stop_and_resume
+from trajectories import RUNS, run_to_the_end
+
+from hf_unlearn.trainers import UnlearningConfig
+
+
+def forget_the_backend(folder: Path) -> None:
+    """The commonest mistake on CPUs: without use_cpu every process trains alone, and nothing says so."""
+    try:
+        UnlearningConfig(output_dir=str(folder / "out"))
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    (folder / f"backend-{os.environ['RANK']}.txt").write_text(message, encoding="utf-8")
+
+
+def lose_a_rank(folder: Path) -> None:
+    """Rank 1 is killed in the middle of step 2, as by the kernel when memory runs out."""
+    trainer = make_trainer(
+        folder, "lmf", folder / "lost", per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+
+    def die(module, inputs, output):
+        if os.environ["RANK"] == "1" and trainer.state.global_step == 1 and module.training:
+            (folder / "killed-at").write_text(str(time.time()), encoding="utf-8")
+            os.kill(os.getpid(), 9)
+
+    trainer.model.model.norm.register_forward_hook(die)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    quiet()
+    torch.set_num_threads(1)
+    if sys.argv[2] == "lose-a-rank":
+        lose_a_rank(folder)
+    else:
+        forget_the_backend(folder)
+        for case, engine in RUNS:
+            run_to_the_end(folder, case, engine)
+        for engine in ("ddp", "zero2"):
+            stop_and_resume(folder, engine)
+        continue_with_two(folder)
+        break_one_rank(folder)
