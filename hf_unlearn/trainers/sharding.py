@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-
 _held: set[int] = set()  # ds_ids within a context of ours; DeepSpeed refuses to gather them a second time
 
 
