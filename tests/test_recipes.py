@@ -17,7 +17,7 @@ from hf_unlearn.trainers import PrimalDualConfig, UnlearningConfig
 from hf_unlearn.trainers.objective import ForgetObjective
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-FILES = sorted(RECIPES.glob("*/*.yaml"))
+FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
 PAPER = [path for path in FILES if path.parent.name == "primal_dual" and not path.stem.endswith("_lora")]
 UNLEARNING = [path for path in FILES if path.parent.name in ("primal_dual", "unlearning")]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -113,7 +114,9 @@ def steps(model: Any, parts: list[dict[str, Tensor]]) -> dict[str, Callable[[], 
     """
     Forward and backward of each form on the same tokens; every call returns its detached loss.
 
-    `primal_dual` is the default: LMF with a token gate, plus a multiplier times the retain loss. `sft` is the
+    "plain" is the textbook form on `(B, T, V)` logits: the token cross-entropy as transformers computes it, and LMF at
+    every position, masked afterwards. "whole logits" is this library without the fused head: it gathers the response
+    positions first. `primal_dual` is the default: LMF with a token gate, plus a multiplier times the retain loss. `sft` is the
     cross-entropy over both batches, `npo` has cached reference log-probabilities.
     """
     forwards = {"fused": ModelForward(model), "whole logits": ModelForward(model, fused=False)}
@@ -139,8 +142,42 @@ def steps(model: Any, parts: list[dict[str, Tensor]]) -> dict[str, Callable[[], 
     def sft(scores: list[Scores]) -> Tensor:
         return retain_loss("nll", scores[0], None).loss + retain_loss("nll", scores[1], None).loss
 
+    def plain(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        stacked = {key: torch.cat([part[key] for part in parts]) for key in ("input_ids", "attention_mask", "labels")}
+        labels = stacked.pop("labels")
+        value = loss(model(**stacked, use_cache=False).logits, labels)
+        value.backward()
+        return value.detach()
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+    def plain_primal_dual(logits: Tensor, labels: Tensor) -> Tensor:
+        rows = len(parts[0]["labels"])
+        z, following = logits[:rows, :-1].float(), labels[:rows, 1:]
+        mask = following != -100
+        with torch.no_grad():
+            nll = -z.log_softmax(-1).gather(-1, following.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        squared = (z.max(-1).values - z.mean(-1)).square()
+        forget = (squared * mask * (nll < 1e3)).sum() / mask.sum()
+        return forget + 1.7 * cross_entropy(logits[rows:], labels[rows:])
+
+    def plain_npo(logits: Tensor, labels: Tensor) -> Tensor:
+        rows = len(parts[0]["labels"])
+        logp, following = logits[:rows, :-1].float().log_softmax(-1), labels[:rows, 1:]
+        chosen = logp.gather(-1, following.clamp(min=0).unsqueeze(-1)).squeeze(-1) * (following != -100)
+        forget = -(2.0 / 0.1) * F.logsigmoid(-0.1 * (chosen.sum(-1) - cached)).mean()
+        return forget + cross_entropy(logits[rows:], labels[rows:])
+
+    def plain_sft(logits: Tensor, labels: Tensor) -> Tensor:
+        rows = len(parts[0]["labels"])
+        return cross_entropy(logits[:rows], labels[:rows]) + cross_entropy(logits[rows:], labels[rows:])
+
     losses = {"primal-dual": primal_dual, "npo": npo, "sft": sft}
-    return {
+    naive = {"primal-dual": plain_primal_dual, "npo": plain_npo, "sft": plain_sft}
+    forms = {f"{name}, plain": lambda loss=loss: plain(loss) for name, loss in naive.items()}
+    return forms | {
         f"{name}, {way}": lambda forward=forward, loss=loss: run(forward, loss)
         for name, loss in losses.items()
         for way, forward in forwards.items()

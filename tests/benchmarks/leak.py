@@ -1,0 +1,137 @@
+"""Does a long run leak? 1,000 short primal-dual steps on a tiny model, and the slope of the resident set.
+
+python tests/benchmarks/leak.py [--steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from hf_unlearn.lab.models import tiny_config, tiny_model
+from hf_unlearn.lab.tokenizer import train_tokenizer
+from hf_unlearn.lab.world import make_world
+from hf_unlearn.trainers import PrimalDualConfig, PrimalDualTrainer
+
+MIB = 2**20
+WARM_UP = 200  # steps before the first sample: lazy imports and the allocator's arenas come into being
+EVERY = 5  # steps between samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slope:
+    """Least-squares slope of the resident set in MiB per 1,000 steps, its standard error, and the last sample."""
+
+    slope: float
+    error: float
+    samples: int
+    rss: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval."""
+        return self.slope - 1.96 * self.error, self.slope + 1.96 * self.error
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        verdict = "no leak" if low <= 0 else "a leak"
+        return (
+            f"resident set: {self.slope:+.3f} MiB per 1,000 steps, 95% interval {low:+.3f} to {high:+.3f} "
+            f"({self.samples} samples, {self.rss:.0f} MiB at the end): {verdict}"
+        )
+
+
+def least_squares(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """
+    Slope of `values` over `steps` and its standard error. Memory stays where it is until it moves, so neighbouring
+    residuals are alike and the usual error would be far too small: this is Newey and West's (Econometrica 1987), over
+    a quarter of the samples.
+    """
+    x = np.asarray(steps, dtype=np.float64)
+    y = np.asarray(values, dtype=np.float64)
+    x = x - x.mean()
+    slope = float(x @ y / (x @ x))
+    scores = x * (y - y.mean() - slope * x)
+    lags = len(x) // 4
+    variance = scores @ scores
+    for lag in range(1, lags + 1):
+        variance += 2.0 * (1.0 - lag / (lags + 1)) * (scores[lag:] @ scores[:-lag])
+    return slope, math.sqrt(max(float(variance), 0.0)) / float(x @ x)
+
+
+def resident_bytes() -> int:
+    """The process's resident set now."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/self/status has no VmRSS")
+
+
+class ResidentSet(TrainerCallback):
+    """Samples the resident set while a run goes on."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One sample."""
+        if state.global_step > WARM_UP and state.global_step % EVERY == 0:
+            self.steps.append(state.global_step)
+            self.values.append(resident_bytes() / MIB)
+
+
+def measure(steps: int = 1_000) -> Slope:
+    """Trains for `steps` after the warm-up and fits a line."""
+    world = make_world(seed=0, num_authors=10, questions_per_author=4)
+    rows = world.full.select_columns(["question", "answer"])
+    tokenizer = train_tokenizer((text for row in rows for text in row.values()), 600)
+    shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
+    samples = ResidentSet()
+    with tempfile.TemporaryDirectory() as folder:
+        args = PrimalDualConfig(
+            output_dir=folder,
+            max_steps=WARM_UP + steps,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_length=128,
+            learning_rate=1e-4,
+            eval_strategy="no",
+            save_strategy="no",
+            load_best_model_at_end=False,
+            logging_steps=100,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = PrimalDualTrainer(
+            model=tiny_model(shape, seed=1),
+            args=args,
+            forget_dataset=rows.select(range(10)),
+            retain_dataset={"people": rows.select(range(10, 26)), "facts": rows.select(range(26, 33))},
+            holdout_dataset=world.holdout.select_columns(["question", "answer"]),
+            processing_class=tokenizer,
+            callbacks=[samples],
+        )
+        trainer.train()
+    slope, error = least_squares(samples.steps, samples.values)
+    return Slope(slope=1_000 * slope, error=1_000 * error, samples=len(samples.steps), rss=samples.values[-1])
+
+
+def as_row(slope: Slope) -> dict[str, Any]:
+    """For the JSON that `make bench` writes."""
+    return {**asdict(slope), "interval": slope.interval}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000)
+    print(measure(parser.parse_args().steps))
