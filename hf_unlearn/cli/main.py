@@ -115,6 +115,7 @@ def _launch(command: str, launcher: list[str], ours: list[str]) -> int:
     import subprocess
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parser = launch_command_parser()
@@ -126,6 +127,9 @@ def _launch(command: str, launcher: list[str], ours: list[str]) -> int:
         rank, failure = error.get_first_failure()
         print(f"hf-unlearn {command}: rank {rank} failed first (exit code {failure.exitcode})", file=sys.stderr)
         return 1
+    except SignalException as error:  # a scheduler stops the launcher; the ranks have saved what they could
+        print(f"hf-unlearn {command}: stopped by signal {error.sigval.name}", file=sys.stderr)
+        return 128 + error.sigval.value
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_unlearn.losses.head import OutputHead
 from hf_unlearn.losses.rows import LogpFunction, PairedRowFunction, RowFunction, upcast
@@ -22,6 +23,62 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     """The type in which autocast would run the head's matrix product."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+class WeightTap:
+    """
+    One gradient buffer for all uses of the head's weight in a forward pass.
+
+    Autograd would hold a `(V, d)` gradient for each use and add them; here the uses add to one buffer, and only the
+    tap hands it on. `weight` stands for the parameter; it shares its memory.
+
+    Args:
+        parameter (`Tensor`):
+            The head's weight `(V, d)`, which requires a gradient.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._buffer: Tensor | None = None
+        self.weight: Tensor = _Tap.apply(parameter, self)
+
+    def collect(self, grad: Tensor, scale: Tensor) -> Tensor | None:
+        """Adds `scale * grad`, and may keep `grad`; returns what a backward function must return for the weight."""
+        if self._buffer is None:
+            self._buffer = grad.mul_(scale.to(grad.dtype))
+            return self._token()
+        self._buffer.add_(grad.mul_(scale.to(grad.dtype)))
+        return None
+
+    def collect_rows(self, everywhere: Tensor, index: Tensor, rows: Tensor) -> Tensor | None:
+        """Adds `everywhere` `(d,)` to every row, and `rows` `(N, d)` to the rows `index` `(N,)`."""
+        first = self._buffer is None
+        if self._buffer is None:
+            self._buffer = everywhere.expand(self.weight.shape).clone()
+        else:
+            self._buffer.add_(everywhere.to(self._buffer.dtype))
+        self._buffer.index_add_(0, index, rows.to(self._buffer.dtype))
+        return self._token() if first else None
+
+    def _token(self) -> Tensor:
+        # One use in each backward pass must hand on a gradient, so that autograd comes to the tap; a zero of no size.
+        return self.weight.new_zeros(()).expand(self.weight.shape)
+
+    def take(self) -> Tensor:
+        """The sum; the tap is empty afterwards."""
+        assert self._buffer is not None
+        buffer, self._buffer = self._buffer, None
+        return buffer
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, tap: WeightTap) -> Tensor:
+        ctx.tap = tap
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.tap.take().to(grads[0].dtype), None
 
 
 class _Accumulator:
@@ -73,6 +130,7 @@ class _Fused(torch.autograd.Function):
     """Base of the two sums below: backward scales what forward has accumulated."""
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
         """Scales the gradients of forward, in place: a second pass over the same graph has nothing left to scale."""
         if ctx.grads is None:
@@ -80,19 +138,31 @@ class _Fused(torch.autograd.Function):
                 "The gradients of a fused loss were asked for twice. They are kept for one backward pass; run the "
                 "forward pass again, or use whole logits (fused_head=False)."
             )
+        tapped = None
+        if ctx.tap is not None and ctx.grads[1] is not None:
+            tapped = ctx.tap.collect(ctx.grads[1], grad_total)
+            ctx.grads = (ctx.grads[0], None, ctx.grads[2])
         grads = [
             None if grad is None else grad.mul_(grad_total.to(grad.dtype)).to(dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return (*grads, *[None] * ctx.others)
+        return (grads[0], grads[1] if tapped is None else tapped, grads[2], *[None] * ctx.others)
 
     @staticmethod
-    def finish(ctx: Any, sums: _Accumulator, hidden: Tensor, weight: Tensor, bias: Tensor | None, others: int) -> None:
+    def finish(
+        ctx: Any,
+        sums: _Accumulator,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tap: WeightTap | None,
+        others: int,
+    ) -> None:
         """Keeps what backward needs. Not by save_for_backward: these are nobody's inputs, and they change in place."""
         ctx.grads = (sums.grad_hidden, sums.grad_weight, sums.grad_bias)
         ctx.dtypes = [hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype]
-        ctx.others = others
+        ctx.others, ctx.tap = others, tap
 
 
 class LogpSum(_Fused):
@@ -104,6 +174,7 @@ class LogpSum(_Fused):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        tap: WeightTap | None,
         targets: Tensor,
         row_weights: Tensor | None,
         head: OutputHead,
@@ -130,7 +201,7 @@ class LogpSum(_Fused):
             slope = slope.unsqueeze(-1)
             grad = mass.mul_(-slope / size).scatter_add_(-1, labels, slope)
             sums.add(part, grad, rows)
-        _Fused.finish(ctx, sums, hidden, weight, bias, 4)
+        _Fused.finish(ctx, sums, hidden, weight, bias, tap, 5)
         ctx.mark_non_differentiable(values)
         total = (values if row_weights is None else values * row_weights.to(values)).sum()
         return total, values
@@ -145,6 +216,7 @@ class RowSum(_Fused):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        tap: WeightTap | None,
         targets: Tensor,
         row_weights: Tensor | None,
         head: OutputHead,
@@ -165,7 +237,7 @@ class RowSum(_Fused):
             scale = torch.ones_like(value) if row_weights is None else row_weights[part].to(value)
             (grad,) = torch.autograd.grad(value, rows, scale)
             sums.add(part, grad, rows.detach())
-        _Fused.finish(ctx, sums, hidden, weight, bias, 5)
+        _Fused.finish(ctx, sums, hidden, weight, bias, tap, 6)
         ctx.mark_non_differentiable(values)
         total = (values if row_weights is None else values * row_weights.to(values)).sum()
         return total, values
@@ -180,7 +252,9 @@ class TopGap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, top: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tap: WeightTap | None, top: Tensor
+    ) -> Tensor:
         """Margins `(N,)` of hidden states `(N, d)` for the arg-max `(N,)`."""
         wide = upcast(hidden).dtype
         direction = weight.index_select(0, top).to(wide) - weight.mean(dim=0, dtype=wide)
@@ -188,11 +262,12 @@ class TopGap(torch.autograd.Function):
         if bias is not None:
             gap = gap + bias.index_select(0, top).to(wide) - bias.mean(dtype=wide)
         ctx.save_for_backward(hidden, direction, top)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.shape, ctx.dtype, ctx.tap = weight.shape, weight.dtype, tap
         ctx.bias_dtype = None if bias is None else bias.dtype
         return gap
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Gathered rows and one rank-one update."""
         (grad,) = grads
@@ -203,8 +278,11 @@ class TopGap(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             outer = grad.unsqueeze(-1) * hidden.to(grad.dtype)
             everywhere = (outer.sum(dim=0) / -ctx.shape[0]).to(ctx.dtype)
-            grad_weight = everywhere.expand(ctx.shape).clone().index_add_(0, top, outer.to(ctx.dtype))
+            if ctx.tap is not None:
+                grad_weight = ctx.tap.collect_rows(everywhere, top, outer)
+            else:
+                grad_weight = everywhere.expand(ctx.shape).clone().index_add_(0, top, outer.to(ctx.dtype))
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             flat = (grad.sum() / -ctx.shape[0]).to(ctx.bias_dtype)
             grad_bias = flat.expand(ctx.shape[0]).clone().index_add_(0, top, grad.to(ctx.bias_dtype))
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from hf_unlearn.losses.rows import upcast
 
-# Elements of a chunk of float32 logits: 256 MiB on a CPU, 1 GiB on an accelerator.
-_CHUNK_ELEMENTS = {"cpu": 2**26}
+# Elements of a chunk of float32 logits: 96 MiB on a CPU, 1 GiB on an accelerator.
+_CHUNK_ELEMENTS = {"cpu": 3 * 2**23}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**28
 
 
@@ -40,7 +40,7 @@ class OutputHead:
             Whether calling the module is a collective operation: all rows then go in one call, as ranks differ in
             rows. Asked at each use: an engine wraps the model later.
         chunk_size (`int`, *optional*):
-            Rows of logits that exist at once; by default as many as fit into 256 MiB (CPU) or 1 GiB.
+            Rows of logits that exist at once; by default as many as fit into 96 MiB (CPU) or 1 GiB.
     """
 
     module: nn.Module

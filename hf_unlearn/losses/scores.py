@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_unlearn.losses.fused import LogpSum, RowSum, TopGap
+from hf_unlearn.losses.fused import LogpSum, RowSum, TopGap, WeightTap
 from hf_unlearn.losses.head import OutputHead
 from hf_unlearn.losses.rows import (
     LogpFunction,
@@ -196,11 +196,21 @@ class FusedScores(Scores):
             `(B, T, d)`, what the model would give to its head.
         labels, index:
             As in [`Scores`].
+        tap ([`WeightTap`], *optional*):
+            Collects the gradients of the head's weight; one for all scores of a forward pass.
     """
 
-    def __init__(self, head: OutputHead, hidden: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        head: OutputHead,
+        hidden: Tensor,
+        labels: Tensor,
+        index: Tensor | None = None,
+        tap: WeightTap | None = None,
+    ) -> None:
         super().__init__(labels.to(hidden.device), None if index is None else index.to(hidden.device))
         self.head = head
+        self._tap = tap
         self._hidden = hidden.flatten(0, 1).index_select(0, self.index)
         self._top: Tensor | None = None
         self._logp: Tensor | None = None
@@ -265,19 +275,22 @@ class FusedScores(Scores):
             return self.of_rows(row_margin_squared, weights)
         self.log_probs()
         with self.head.whole():
-            gap: Tensor = TopGap.apply(self._hidden, linear.weight, linear.bias, self._top)
+            gap: Tensor = TopGap.apply(self._hidden, *self._weights(linear), self._top)
         return _weighted((gap * self.head.scale).square(), weights)
 
     def whole(self) -> AbstractContextManager[Any]:
         """As in [`Scores`]."""
         return self.head.whole()
 
+    def _weights(self, linear: torch.nn.Linear) -> tuple[Tensor, Tensor | None, WeightTap | None]:
+        return (linear.weight if self._tap is None else self._tap.weight), linear.bias, self._tap
+
     def _summed(self, kind: Any, weights: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
         linear = self._linear
         assert linear is not None
         weights = None if weights is None else weights.detach()
         with self.head.whole():
-            return kind.apply(self._hidden, linear.weight, linear.bias, self.targets, weights, self.head, *arguments)
+            return kind.apply(self._hidden, *self._weights(linear), self.targets, weights, self.head, *arguments)
 
     @torch.no_grad()
     def rows(self, part: slice) -> Tensor:

@@ -58,7 +58,7 @@ class UnlearningConfig(TrainingArguments):
             of the whole batch. Compared with the model's own logits before the first step; whole logits are used, with
             a warning, where they differ.
         head_chunk_size (`int`, *optional*):
-            Rows of logits that exist at once. By default as many as fit into 256 MiB on a CPU, 1 GiB elsewhere.
+            Rows of logits that exist at once. By default as many as fit into 96 MiB on a CPU, 1 GiB elsewhere.
         retain_eval_size (`int` or `float`, *optional*, defaults to `0.1`):
             Rows (or share) of every retain set that are held out to measure retention; at most 512 rows when given
             as a share. 0 measures on the training rows.
@@ -133,7 +133,7 @@ class UnlearningConfig(TrainingArguments):
         default=True, metadata={"help": "Losses at response positions only, without logits of the whole batch."}
     )
     head_chunk_size: int | None = field(
-        default=None, metadata={"help": "Rows of logits at once. Default: 256 MiB of them on a CPU, else 1 GiB."}
+        default=None, metadata={"help": "Rows of logits at once. Default: 96 MiB of them on a CPU, else 1 GiB."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained as JSON, for a model given by name."}

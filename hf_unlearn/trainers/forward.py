@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..losses.fused import WeightTap
 from ..losses.head import OutputHead
 from ..losses.scores import FullScores, FusedScores, Scores
 from .sharding import is_collective, unshard, whole_weights
@@ -63,7 +64,15 @@ class ModelForward:
             )
         unshard(model, self.head.module)
         hidden = _split(taken[0], parts)
-        return [FusedScores(self.head, *arguments) for arguments in _with_labels(hidden, parts)]
+        tap = self._tap()
+        return [FusedScores(self.head, *arguments, tap=tap) for arguments in _with_labels(hidden, parts)]
+
+    def _tap(self) -> WeightTap | None:
+        """One buffer for the gradient of the head's weight; not under ZeRO-3, where the weight is whole by turns."""
+        linear = None if self.head is None else self.head.linear
+        if linear is None or not linear.weight.requires_grad or not torch.is_grad_enabled() or is_collective(linear):
+            return None
+        return WeightTap(linear.weight)
 
     @torch.no_grad()
     def check(self, model: Any, part: Mapping[str, Any], accelerator: Any) -> None:

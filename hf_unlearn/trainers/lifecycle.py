@@ -316,10 +316,14 @@ class Lifecycle(Trainer):
         values = {key: float(value) for key, value in means.items()}
         bad = [key for key, value in values.items() if not torch.isfinite(torch.tensor(value))]
         terms = ", ".join(f"{key} = {value:.4g}" for key, value in values.items())
+        weights = (
+            "DeepSpeed steps within backward, so the weights in memory are broken; no checkpoint was written."
+            if self.is_deepspeed_enabled
+            else "Training has stopped before the optimizer step, so the weights are those of the step before."
+        )
         return (
-            f"Step {self.state.global_step + 1}: the loss term {', '.join(bad)} is not finite ({terms}). Training has "
-            "stopped before the optimizer step, so the weights are those of the step before. Lower the learning rate, "
-            "set max_grad_norm, or use bf16 instead of fp16."
+            f"Step {self.state.global_step + 1}: the loss term {', '.join(bad)} is not finite ({terms}). {weights} "
+            "Lower the learning rate, set max_grad_norm, or use bf16 instead of fp16."
         )
 
     def save_model(self: UnlearningTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:

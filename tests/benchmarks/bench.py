@@ -1,27 +1,24 @@
 """`make bench`: ratios against named baselines, alternating in one run; medians of seconds, peaks of memory.
 
-python tests/benchmarks/bench.py [--data TOFU_FOLDER] [--repeats N] [--output FILE.json]
+python tests/benchmarks/bench.py [--data TOFU_FOLDER] [--skip-leak] [--repeats N] [--output FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import leak
+import padding
 import torch
 from rich.console import Console
 from rich.table import Table
 from steps import ISSUE, LLAMA_1B, LLAMA_8B, Shape, batch, build, steps
-
-from hf_unlearn.lab.memory import PeakMemory
 
 SHAPES = {shape.name: shape for shape in (ISSUE, LLAMA_1B, LLAMA_8B)}
 # (what, against what, highest ratio that issue 3 allows for seconds and for memory)
@@ -72,25 +69,28 @@ def agreement(model: Any, forms: dict[str, Callable[[], Any]], name: str) -> dic
     return {"loss": abs(float(got - want)) / abs(float(want)), "gradients": worst / norm}
 
 
-def peak_bytes(shape: Shape, form: str, dtype: str) -> tuple[int, int]:
-    """Peak of two steps in a process of its own, and what model and gradients alone take there."""
-    command = [sys.executable, __file__, "--peak-of", form, "--shape", shape.name, "--dtype", dtype]
-    # An allocator that keeps what was freed would hide how much is alive at once.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-    peak, base = json.loads(out.strip().splitlines()[-1])
-    return peak, base
+def peak_bytes(function: Callable[[], Any], model: Any, device: str) -> int:
+    """
+    Most bytes of tensors alive at once during a step, weights included and gradients not yet there at its start.
 
-
-def measure_peak(shape: Shape, form: str, dtype: str, device: str) -> None:
-    """Prints `[peak, base]` for [`peak_bytes`]."""
-    model = build(shape, getattr(torch, dtype), device)
-    function = steps(model, batch(shape, device))[form]
-    base = sum(2 * value.numel() * value.element_size() for value in model.parameters())
-    with PeakMemory() as memory:
+    On a CPU from the profiler's record of every allocation: what the process holds besides (the interpreter, what the
+    allocator keeps of freed blocks) says nothing about the form.
+    """
+    weights = sum(value.numel() * value.element_size() for value in model.parameters())
+    model.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         function()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         function()
-    print(json.dumps([memory.bytes, base]))
+    alive = peak = 0
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    assert peak, "the profiler recorded no allocation"
+    return weights + peak
 
 
 def bench_shape(shape: Shape, repeats: int, device: str, console: Console) -> dict[str, Any]:
@@ -100,27 +100,20 @@ def bench_shape(shape: Shape, repeats: int, device: str, console: Console) -> di
     forms = {name: step for name, step in steps(model, batch(shape, device)).items() if name in FORMS}
     same = {name: agreement(model, forms, name) for name in ("primal-dual", "npo", "sft")}
     times = seconds(forms, repeats, device)
-    model.zero_grad(set_to_none=True)
-    del model
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    peaks = {name: peak_bytes(shape, name, dtype) for name in forms}
+    peaks = {name: peak_bytes(function, model, device) for name, function in forms.items()}
     tokens = 2 * shape.rows * shape.tokens
     table = Table(title=f"{shape.name}, {dtype}, {tokens} tokens a step, half of them masked, {device}")
-    for column in ("form", "seconds", "tokens/s", "peak MiB", "of it weights and gradients"):
+    for column in ("form", "seconds", "tokens/s", "peak MiB"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for name in forms:
-        peak, base = peaks[name]
-        table.add_row(
-            name, f"{times[name]:.3f}", f"{tokens / times[name]:.0f}", f"{peak / 2**20:.0f}", f"{base / 2**20:.0f}"
-        )
+        table.add_row(name, f"{times[name]:.3f}", f"{tokens / times[name]:.0f}", f"{peaks[name] / 2**20:.0f}")
     console.print(table)
     ratios = Table(title="ratios")
     for column in ("form", "baseline", "time", "allowed", "peak memory", "allowed"):
         ratios.add_column(column, justify="left" if column in ("form", "baseline") else "right")
     rows = []
     for form, baseline, time_limit, memory_limit in RATIOS:
-        ratio, memory = times[form] / times[baseline], peaks[form][0] / peaks[baseline][0]
+        ratio, memory = times[form] / times[baseline], peaks[form] / peaks[baseline]
         shown = [f"{ratio:.2f}", str(time_limit or ""), f"{memory:.2f}", str(memory_limit or "")]
         ratios.add_row(form, baseline, *shown)
         rows.append({"form": form, "baseline": baseline, "time": ratio, "memory": memory})
@@ -130,24 +123,38 @@ def bench_shape(shape: Shape, repeats: int, device: str, console: Console) -> di
     return {"shape": shape.name, "seconds": times, "peaks": peaks, "ratios": rows, "agreement": same}
 
 
+def bench_leak(console: Console) -> dict[str, Any]:
+    """The slope of the resident set over 1,000 steps."""
+    slope = leak.measure()
+    console.print(str(slope))
+    return leak.as_row(slope)
+
+
+def bench_padding(folder: Path, console: Console) -> dict[str, Any]:
+    """Padding of TOFU's batches, in random order and grouped by length."""
+    found = padding.measure(folder)
+    for line in padding.lines(found):
+        console.print(line)
+    return {"allowed": padding.ALLOWED, "shares": found}
+
+
 def main() -> None:
     """Runs what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="TOFU folder, for the padding of real rows")
+    parser.add_argument("--skip-leak", action="store_true", help="leave out the 1,000 steps that look for a leak")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"))
-    parser.add_argument("--forms", nargs="*", help="only these forms, e.g. 'primal-dual'")
     parser.add_argument("--shape", choices=list(SHAPES))
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.peak_of:
-        measure_peak(SHAPES[arguments.shape], arguments.peak_of, arguments.dtype, device)
-        return
     console = Console()
     chosen = [arguments.shape] if arguments.shape else ([LLAMA_1B.name] if device == "cuda" else [ISSUE.name])
-    results = [bench_shape(SHAPES[name], arguments.repeats, device, console) for name in chosen]
+    results: list[dict[str, Any]] = [bench_shape(SHAPES[name], arguments.repeats, device, console) for name in chosen]
+    if not arguments.skip_leak:
+        results.append({"leak": bench_leak(console)})
+    if arguments.data is not None:
+        results.append({"padding": bench_padding(arguments.data, console)})
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2), encoding="utf-8")
     console.print(f"written to {arguments.output}")

@@ -216,3 +216,19 @@ def test_chunks_cover_the_text_once(workspace: Path) -> None:
     assert all(len(row["input_ids"]) <= 4 and row["labels"] == row["input_ids"] for row in rows)
     with pytest.raises(ValueError, match="needs the column 'text'"):
         chunk_text([{"words": "a"}], tokenizer, 4)
+
+
+def test_a_signal_to_the_launcher_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    from accelerate.commands import launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def stopped(arguments: object) -> None:
+        raise SignalException("Process got signal: 15", signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "launch_command", stopped)
+    assert main(["primal-dual", "--accelerate_config", "ddp"]) == 143
+    assert "stopped by signal SIGTERM" in capsys.readouterr().err

@@ -89,11 +89,11 @@ def test_gradients_of_the_sums_are_central_differences(kind: str, head: str) -> 
 
     def total(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if kind == "logp":
-            return LogpSum.apply(x, weight, bias, targets, weights, output, rows.negative)[0]
+            return LogpSum.apply(x, weight, bias, None, targets, weights, output, rows.negative)[0]
         if kind == "rows":
-            return RowSum.apply(x, weight, bias, targets, weights, output, rows.row_kl_to_uniform, None)[0]
+            return RowSum.apply(x, weight, bias, None, targets, weights, output, rows.row_kl_to_uniform, None)[0]
         pick = others.__getitem__
-        return RowSum.apply(x, weight, bias, targets, weights, output, rows.row_undial, pick)[0]
+        return RowSum.apply(x, weight, bias, None, targets, weights, output, rows.row_undial, pick)[0]
 
     leaves = (x, module.weight, module.bias)
     for leaf, grad in zip(leaves, torch.autograd.grad(total(*leaves), leaves), strict=True):
@@ -127,7 +127,7 @@ def test_gradcheck_of_the_margin() -> None:
     module = linear(True)
     x = hidden.detach().flatten(0, 1)[:5].requires_grad_()
     top = module(x).argmax(-1)
-    assert torch.autograd.gradcheck(lambda *leaves: TopGap.apply(*leaves, top), (x, module.weight, module.bias))
+    assert torch.autograd.gradcheck(lambda *leaves: TopGap.apply(*leaves, None, top), (x, module.weight, module.bias))
 
 
 def test_the_margin_needs_two_rows_of_the_head_for_a_position() -> None:
@@ -136,7 +136,7 @@ def test_the_margin_needs_two_rows_of_the_head_for_a_position() -> None:
     module = linear(True)
     x = hidden.detach().flatten(0, 1)[:5].requires_grad_()
     top = module(x).argmax(-1)
-    gap = TopGap.apply(x, module.weight, module.bias, top)
+    gap = TopGap.apply(x, module.weight, module.bias, None, top)
     margin = rows.row_margin(module(x))
     torch.testing.assert_close(gap, margin)
     grad_hidden, grad_weight, grad_bias = torch.autograd.grad(gap.square().sum(), [x, module.weight, module.bias])
