@@ -62,6 +62,31 @@ class OutputHead:
         offloaded = hasattr(self.module, "_hf_hook")  # accelerate moves the weights in when the module is called
         return self.module if type(self.module) is nn.Linear and not offloaded else None
 
+    def linear_parts(self, hidden: Tensor) -> list[tuple[Tensor, nn.Linear]] | None:
+        """
+        Inputs and linear layers whose outputs add up to the head's: the layer itself or, with a LoRA adapter, its base
+        on `hidden` `(N, d)` and each up-projection on its scaled features `(N, r)`. None where there are none such
+        (another kind of adapter, dropout that would be drawn anew, weights that are not at hand).
+        """
+        if self.linear is not None:
+            return [(hidden, self.linear)]
+        module: Any = self.module
+        base = getattr(module, "base_layer", None)
+        if type(base) is not nn.Linear or not hasattr(module, "lora_A") or self.sharded():
+            return None
+        if module.merged or module.disable_adapters:
+            return [(hidden, base)]
+        parts = [(hidden, base)]
+        for name in module.active_adapters:
+            if name not in module.lora_A:
+                continue
+            down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+            plain = type(down) is nn.Linear and type(up) is nn.Linear and not _draws(dropout)
+            if not plain or name in getattr(module, "lora_variant", {}):
+                return None
+            parts.append((down(hidden.to(down.weight.dtype)) * module.scaling[name], up))
+        return parts
+
     def chunks(self, rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
         """Slices of `rows` rows, each small enough."""
         budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
@@ -96,3 +121,7 @@ class OutputHead:
         if linear is None:
             return self.finish(self.module(hidden))
         return self.finish(F.linear(hidden, linear.weight, linear.bias))
+
+
+def _draws(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0

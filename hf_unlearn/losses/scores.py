@@ -270,12 +270,12 @@ class FusedScores(Scores):
 
     def margin_squared(self, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in [`Scores`]."""
-        linear = self._linear
-        if linear is None or self.head.cap is not None:
+        parts = None if self.head.cap is not None else self.head.linear_parts(self._hidden)
+        if parts is None:
             return self.of_rows(row_margin_squared, weights)
         self.log_probs()
         with self.head.whole():
-            gap: Tensor = TopGap.apply(self._hidden, *self._weights(linear), self._top)
+            gap: Tensor = sum(TopGap.apply(x, *self._weights(layer), self._top) for x, layer in parts)
         return _weighted((gap * self.head.scale).square(), weights)
 
     def whole(self) -> AbstractContextManager[Any]:
@@ -283,7 +283,8 @@ class FusedScores(Scores):
         return self.head.whole()
 
     def _weights(self, linear: torch.nn.Linear) -> tuple[Tensor, Tensor | None, WeightTap | None]:
-        return (linear.weight if self._tap is None else self._tap.weight), linear.bias, self._tap
+        tap = self._tap if linear is self.head.module else None
+        return (linear.weight if tap is None else tap.weight), linear.bias, tap
 
     def _summed(self, kind: Any, weights: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
         linear = self._linear

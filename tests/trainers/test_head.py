@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_unlearn.data import pad_rows
+from hf_unlearn.losses.fused import TopGap
 from hf_unlearn.losses.scores import FullScores, FusedScores
 from hf_unlearn.trainers.forward import ModelForward, output_head
 from hf_unlearn.trainers.objective import (
@@ -178,6 +179,38 @@ def test_an_adapter_on_the_head(loss: str) -> None:
     assert output_head(model).linear is None
     compare(model, loss, parts(), chunk=4, rtol=1e-4)
     assert any("lm_head" in name for name, value in model.named_parameters() if value.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["lora", "two adapters", "dora", "merged", "off"])
+def test_lmf_through_an_adapter_is_a_gather_where_the_adapter_adds(kind: str, monkeypatch: Any) -> None:
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["lm_head"], init_lora_weights=False, use_dora=kind == "dora"
+    )
+    torch.manual_seed(3)
+    model = get_peft_model(build("llama", tied=False), config).eval()
+    if kind == "two adapters":
+        model.add_adapter("other", config)
+        model.base_model.set_adapter(["default", "other"])
+    if kind == "merged":
+        model.merge_adapter()
+    if kind == "off":
+        model.disable_adapter_layers()
+    model.requires_grad_(True)
+    margins: list[torch.Tensor] = []
+    grads: list[dict[str, torch.Tensor]] = []
+    gathers, inner = [], TopGap.apply
+    monkeypatch.setattr(TopGap, "apply", lambda *leaves: gathers.append(leaves[0].shape[-1]) or inner(*leaves))
+    for fused in (False, True):
+        model.zero_grad()
+        total, _ = ModelForward(model, fused=fused, chunk_size=3)(model, parts())[0].margin_squared()
+        total.backward()
+        margins.append(total.detach())
+        grads.append({n: v.grad.clone() for n, v in model.named_parameters() if v.grad is not None and v.grad.any()})
+    torch.testing.assert_close(margins[1], margins[0], rtol=1e-4, atol=1e-4)
+    assert grads[0].keys() == grads[1].keys()
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()))
+    assert gathers == {"lora": [32, 4], "two adapters": [32, 4, 4], "dora": [], "merged": [32], "off": [32]}[kind]
 
 
 @pytest.mark.parametrize("loss", ["lmf", "npo"])
