@@ -18,7 +18,7 @@ import padding
 import torch
 from rich.console import Console
 from rich.table import Table
-from steps import ISSUE, LLAMA_1B, LLAMA_8B, Shape, batch, build, steps
+from steps import ISSUE, LLAMA_1B, LLAMA_8B, Shape, batch, build, model_flops, steps
 
 SHAPES = {shape.name: shape for shape in (ISSUE, LLAMA_1B, LLAMA_8B)}
 # (what, against what, highest ratio that issue 3 allows for seconds and for memory)
@@ -93,20 +93,27 @@ def peak_bytes(function: Callable[[], Any], model: Any, device: str) -> int:
     return weights + peak
 
 
-def bench_shape(shape: Shape, repeats: int, device: str, console: Console) -> dict[str, Any]:
+def bench_shape(
+    shape: Shape, repeats: int, device: str, console: Console, *, lora: bool = False, peak_tflops: float | None = None
+) -> dict[str, Any]:
     """All forms on one shape."""
     dtype = "bfloat16" if device == "cuda" else "float32"
-    model = build(shape, getattr(torch, dtype), device)
+    model = build(shape, getattr(torch, dtype), device, lora=lora)
     forms = {name: step for name, step in steps(model, batch(shape, device)).items() if name in FORMS}
     same = {name: agreement(model, forms, name) for name in ("primal-dual", "npo", "sft")}
     times = seconds(forms, repeats, device)
     peaks = {name: peak_bytes(function, model, device) for name, function in forms.items()}
     tokens = 2 * shape.rows * shape.tokens
-    table = Table(title=f"{shape.name}, {dtype}, {tokens} tokens a step, half of them masked, {device}")
-    for column in ("form", "seconds", "tokens/s", "peak MiB"):
+    flops = model_flops(model, shape, lora=lora)
+    name_of = f"{shape.name}{' LoRA' if lora else ''}"
+    table = Table(title=f"{name_of}, {dtype}, {tokens} tokens a step, half of them masked, {device}")
+    for column in ("form", "seconds", "tokens/s", "peak MiB", "model TFLOP/s", "utilisation"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for name in forms:
-        table.add_row(name, f"{times[name]:.3f}", f"{tokens / times[name]:.0f}", f"{peaks[name] / 2**20:.0f}")
+        rate = flops / times[name] / 1e12
+        used = "" if peak_tflops is None else f"{100 * rate / peak_tflops:.0f}%"
+        row = (f"{times[name]:.3f}", f"{tokens / times[name]:.0f}", f"{peaks[name] / 2**20:.0f}", f"{rate:.2f}", used)
+        table.add_row(name, *row)
     console.print(table)
     ratios = Table(title="ratios")
     for column in ("form", "baseline", "time", "allowed", "peak memory", "allowed"):
@@ -120,7 +127,7 @@ def bench_shape(shape: Shape, repeats: int, device: str, console: Console) -> di
     console.print(ratios)
     for name, differences in same.items():
         console.print(f"{name}: fused against plain: {differences}")
-    return {"shape": shape.name, "seconds": times, "peaks": peaks, "ratios": rows, "agreement": same}
+    return {"shape": name_of, "flops": flops, "seconds": times, "peaks": peaks, "ratios": rows, "agreement": same}
 
 
 def bench_leak(console: Console) -> dict[str, Any]:
@@ -145,12 +152,19 @@ def main() -> None:
     parser.add_argument("--skip-leak", action="store_true", help="leave out the 1,000 steps that look for a leak")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"))
-    parser.add_argument("--shape", choices=list(SHAPES))
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", help="default: the small one, on a GPU 1B and 8B")
+    parser.add_argument("--lora", action="store_true", help="train an adapter only (on a GPU both are measured)")
+    parser.add_argument("--peak-tflops", type=float, help="the device's peak in this precision, for utilisation")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console()
-    chosen = [arguments.shape] if arguments.shape else ([LLAMA_1B.name] if device == "cuda" else [ISSUE.name])
-    results: list[dict[str, Any]] = [bench_shape(SHAPES[name], arguments.repeats, device, console) for name in chosen]
+    console = Console(width=130)
+    chosen = arguments.shape or ([LLAMA_1B.name, LLAMA_8B.name] if device == "cuda" else [ISSUE.name])
+    adapters = (False, True) if device == "cuda" and not arguments.lora else (arguments.lora,)
+    results: list[dict[str, Any]] = [
+        bench_shape(SHAPES[name], arguments.repeats, device, console, lora=lora, peak_tflops=arguments.peak_tflops)
+        for name in chosen
+        for lora in adapters
+    ]
     if not arguments.skip_leak:
         results.append({"leak": bench_leak(console)})
     if arguments.data is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -68,8 +69,8 @@ LLAMA_8B = Shape(
 )
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:
-    """A model of this shape with random weights."""
+def build(shape: Shape, dtype: torch.dtype, device: str, *, lora: bool = False) -> Any:
+    """A model of this shape with random weights; with `lora` only an adapter (r = 16, all linear layers) is trained."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -86,9 +87,21 @@ def build(shape: Shape, dtype: torch.dtype, device: str) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(previous)
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")) if lora else model
+
+
+def model_flops(model: Any, shape: Shape, *, lora: bool) -> float:
+    """
+    Floating-point operations of a step by the usual count: 6 for each weight and token (4 where the base is frozen),
+    the head at every position. What a form saves shows as utilisation.
+    """
+    weights = sum(value.numel() for name, value in model.named_parameters() if "lora_" not in name)
+    if not shape.tied:
+        weights -= shape.vocabulary * shape.hidden  # looking up an embedding multiplies nothing
+    return (4.0 if lora else 6.0) * weights * 2 * shape.rows * shape.tokens
 
 
 def batch(shape: Shape, device: str) -> list[dict[str, Tensor]]:
