@@ -9,10 +9,12 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 8000000000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test lint types docs clean
+.PHONY: help quickstart test bench lint types docs clean
 help:
 	@echo "make quickstart  set up $(VENV), train, unlearn, evaluate and report on the embedded world (no network hub)"
 	@echo "make test        set up $(VENV) and run the tests"
+	@echo "make bench [DATA=folder]"
+	@echo "                 time and memory against named baselines, a leak check and, with a folder of TOFU, its padding"
 	@echo "make lint types  ruff and mypy;  make docs  the documentation;  make clean  remove what make created"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +31,10 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@echo "== pytest: all tests, one process a core"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+bench: $(STAMP)
+	@echo "== benchmarks: output in outputs/bench.json"
+	$(BIN)/python tests/benchmarks/bench.py --output outputs/bench.json $(if $(DATA),--data "$(DATA)")
 
 lint: $(STAMP)
 	@echo "== ruff"

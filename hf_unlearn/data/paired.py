@@ -42,7 +42,8 @@ class PairedDataset(Dataset):
     A forget row together with a row of each retain set.
 
     Item `i` is `{"forget": {"input_ids", "labels", ..., "index"}, "retain": {name: {"input_ids", "labels"}}}`, where
-    `index` is the row's number in the forget set (the key of anything cached per forget row).
+    `index` is the row's number in the forget set (the key of anything cached per forget row). A tuple instead of `i`
+    takes each set's row from an item of its own, in the order of [`names`].
 
     Args:
         forget (`Rows`):
@@ -79,25 +80,28 @@ class PairedDataset(Dataset):
     def __len__(self) -> int:
         return self.pairing.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rows = self.pairing.rows(self.epoch, int(index))
-        number = rows[FORGET]
+    def __getitem__(self, index: int | tuple[int, ...]) -> dict[str, Any]:
+        items = index if isinstance(index, tuple) else (index,) * len(self.names)
+        rows = {
+            name: self.pairing.row(self.epoch, int(item), name) for name, item in zip(self.names, items, strict=True)
+        }
         return {
-            "forget": {**self.forget[number], "index": number},
+            "forget": {**self.forget[rows[FORGET]], "index": rows[FORGET]},
             "retain": {name: self.retain[name][rows[name]] for name in self.retain},
         }
 
     @property
-    def lengths(self) -> list[int]:
-        """
-        Tokens of the forget row of each item, for samplers that group by length. The retain parts are padded on
-        their own and change partners every epoch, so they are left out.
-        """
-        tokens = [len(self.forget[row]["input_ids"]) for row in range(len(self.forget))]
-        return [tokens[self.pairing.rows(self.epoch, index)[FORGET]] for index in range(len(self))]
+    def names(self) -> tuple[str, ...]:
+        """The sets: `"forget"`, then the retain sets."""
+        return (FORGET, *self.retain)
+
+    def lengths(self, name: str) -> list[int]:
+        """Tokens of a set's row at each item of the epoch, for samplers that group by length."""
+        rows = self.forget if name == FORGET else self.retain[name]
+        return [len(rows[self.pairing.row(self.epoch, item, name)]["input_ids"]) for item in range(len(self))]
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[int | tuple[int, ...]]):
     """
     Shuffles a dataset by a permutation of (seed, the dataset's epoch): the same on every rank, and after a resume.
 
@@ -114,8 +118,9 @@ class EpochSampler(Sampler[int]):
         shuffle (`bool`, *optional*, defaults to `True`):
             `False` reads in order.
         group (`int`, *optional*):
-            Sorts every run of this many shuffled items by the length of the forget row, longest first, so that batches
-            need little padding. A multiple of the rows of a step.
+            Sorts the rows of every set by length, longest first, within runs of this many shuffled items, so that
+            batches need little padding; long rows of one set then stand beside long rows of the others, which share
+            their forward pass. Each run keeps its rows. A multiple of the rows of a step.
     """
 
     def __init__(self, dataset: PairedDataset, seed: int, *, shuffle: bool = True, group: int | None = None) -> None:
@@ -127,14 +132,16 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[int | tuple[int, ...]]:
         size = len(self.dataset)
         if not self.shuffle:
             yield from range(size)
             return
         order = permutation(self.seed, "order of items", size, self.dataset.epoch).tolist()
-        if self.group is not None:
-            lengths = self.dataset.lengths
-            runs = (order[start : start + self.group] for start in range(0, size, self.group))
-            order = [item for run in runs for item in sorted(run, key=lambda item: -lengths[item])]
-        yield from order
+        if self.group is None:
+            yield from order
+            return
+        lengths = [self.dataset.lengths(name) for name in self.dataset.names]
+        for start in range(0, size, self.group):
+            run = order[start : start + self.group]
+            yield from zip(*(sorted(run, key=tokens.__getitem__, reverse=True) for tokens in lengths), strict=True)

@@ -120,14 +120,16 @@ class Pairing:
         Raises:
             IndexError: `index` is outside the epoch.
         """
+        return {name: self.row(epoch, index, name) for name in self.sizes}
+
+    def row(self, epoch: int, index: int, name: str) -> int:
+        """[`rows`] of a single set."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} is outside an epoch of {self.length} items.")
-        position = epoch * self.length + index
-        anchored = self.sizes[FORGET] == self.length
-        return {
-            name: index if anchored and name == FORGET else cycled_row(self.seed, name, size, position)
-            for name, size in self.sizes.items()
-        }
+        size = self.sizes[name]
+        if name == FORGET and size == self.length:  # anchored
+            return index
+        return cycled_row(self.seed, name, size, epoch * self.length + index)
 
 
 def cycled_row(seed: int, name: str, size: int, position: int, *turn: int) -> int:

@@ -287,10 +287,11 @@ class UnlearningTrainer(Lifecycle):
         means = {key: total / self.ledger.counts[self._unit(key)].clamp(min=1.0) for key, total in sums.items()}
         finite = torch.stack([value.isfinite() for value in means.values()]).all()
         # the one wait for the device in a step; it replaces the Trainer's NaN filter
-        self.preemption.agreed, is_finite = torch.stack([stop, finite]).tolist()
+        agreed, is_finite, tokens = torch.stack([stop, finite, self.ledger.counts[TOKENS]]).tolist()
+        self.preemption.agreed = bool(agreed)
         if not is_finite:
             raise FloatingPointError(self._nonfinite_message(means))
-        self.tokens_seen += self.ledger.counts[TOKENS].item()
+        self.tokens_seen += tokens
         for key, value in {**means, **self.after_step(means)}.items():
             self._window[key] = self._window[key] + value if key in self._window else value
         self._window_steps += 1

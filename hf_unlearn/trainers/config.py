@@ -103,6 +103,10 @@ class UnlearningConfig(TrainingArguments):
     retain_weight: float | str | dict[str, float] = field(
         default=1.0, metadata={"help": "Weight of the retain losses: a number, or JSON {name: number}."}
     )
+    if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # its name before transformers 5.2x
+        gradient_checkpointing: bool = field(
+            default=True, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+        )
     normalize_forget_loss: bool = field(
         default=False, metadata={"help": "Divide the forget loss by its value before step 0."}
     )

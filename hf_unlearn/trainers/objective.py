@@ -195,7 +195,7 @@ class ForgetObjective:
 
 def token_output(scores: Scores, total: Tensor, values: Tensor) -> LossOutput:
     """A [`LossOutput`] over the response tokens of the scores, from a sum and the values `(N,)`."""
-    count = total.new_tensor(float(scores.count))
+    count = total.new_full((), float(scores.count))  # new_tensor would copy from the host, and wait for it
     return LossOutput(loss=total / count.clamp(min=1.0), total=total, count=count)
 
 

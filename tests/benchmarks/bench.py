@@ -131,10 +131,11 @@ def bench_shape(
 
 
 def bench_leak(console: Console) -> dict[str, Any]:
-    """The slope of the resident set over 1,000 steps."""
-    slope = leak.measure()
-    console.print(str(slope))
-    return leak.as_row(slope)
+    """The slope of the memory held over 1,000 steps."""
+    slopes = leak.measure()
+    for line in leak.lines(slopes):
+        console.print(line)
+    return leak.as_rows(slopes)
 
 
 def bench_padding(folder: Path, console: Console) -> dict[str, Any]:

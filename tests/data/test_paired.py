@@ -41,7 +41,9 @@ def test_items_are_the_rows_of_the_pairing(cycle):
             expected = dataset.pairing.rows(epoch, index)
             assert names(dataset[index]) == (expected["forget"], expected["retain"], expected["facts"])
             assert dataset[index]["forget"]["input_ids"][0] == 1000 + expected["forget"]
-    assert dataset.lengths == [len(dataset[index]["forget"]["input_ids"]) for index in range(len(dataset))]
+    items = [dataset[index] for index in range(len(dataset))]
+    assert dataset.lengths("forget") == [len(item["forget"]["input_ids"]) for item in items]
+    assert dataset.lengths("facts") == [len(item["retain"]["facts"]["input_ids"]) for item in items]
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -104,6 +106,19 @@ def test_the_sampler_shuffles_by_seed_and_epoch_and_reads_in_order_on_request():
     assert list(EpochSampler(dataset, 0, shuffle=False)) == list(range(10))
     dataset.set_epoch(1)
     assert list(EpochSampler(dataset, 0)) != first
+
+
+def test_grouping_sorts_every_set_by_length_and_keeps_the_rows_of_each_run():
+    dataset = paired(forget=12)
+    plain = [names(dataset[item]) for item in EpochSampler(dataset, 0)]
+    grouped = [names(dataset[items]) for items in EpochSampler(dataset, 0, group=6)]
+    assert grouped != plain
+    for start in (0, 6):
+        before, after = (zip(*order[start : start + 6], strict=True) for order in (plain, grouped))
+        for rows_before, rows_after in zip(before, after, strict=True):
+            assert sorted(rows_after) == sorted(rows_before)
+            lengths = [row % 3 + 1 for row in rows_after]
+            assert lengths == sorted(lengths, reverse=True)
 
 
 def test_a_forget_set_alone_needs_no_retain_set():

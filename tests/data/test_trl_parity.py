@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import trl
 from datasets import Dataset
+from packaging.version import Version
 
 from hf_unlearn.data import prepare_dataset
 
@@ -22,6 +24,9 @@ ROWS = {
         {"prompt": [USER, BOT, USER], "completion": [BOT]},
     ],
 }
+
+# Where a prompt ends within a token of the joined text ("The capi" + "tal"), TRL before 1.15 labelled fewer tokens.
+CUTS_INSIDE_TOKENS = Version(trl.__version__) >= Version("1.15")
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +69,8 @@ def trl_rows(rows, tokenizer, model, folder, **options):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_rows_are_those_of_sft_trainer(kind, options, chat_tokenizer, text_tokenizer, model, tmp_path):
     tokenizer = text_tokenizer if kind in ("text", "prompt_completion") else chat_tokenizer
-    ours = prepare_dataset(ROWS[kind], tokenizer, name="forget", **options)
-    assert list(ours) == trl_rows(ROWS[kind], tokenizer, model, tmp_path, **options)
+    rows = ROWS[kind]
+    if kind == "prompt_completion" and not CUTS_INSIDE_TOKENS:
+        rows = rows[:1]
+    ours = prepare_dataset(rows, tokenizer, name="forget", **options)
+    assert list(ours) == trl_rows(rows, tokenizer, model, tmp_path, **options)
