@@ -30,7 +30,8 @@ if compgen -G "$output/checkpoint-*/unlearning_state.json" >/dev/null; then # th
     resume=(--resume_from_checkpoint true)
 fi
 
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${HEAD%%$'\n'*} # the first line; a pipe into head could end scontrol, and this script, by SIGPIPE
 PORT=$((20000 + SLURM_JOB_ID % 10000))
 GPUS=${SLURM_GPUS_ON_NODE:-8}
 export HEAD PORT GPUS
