@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,16 @@ import torch
 from hf_unlearn.duals import DualVariables, RetainConstraint
 
 
-def make(eps: float = 0.5, **kwargs: object) -> DualVariables:
-    return DualVariables([RetainConstraint(name="retain", eps=eps)], **kwargs)  # type: ignore[arg-type]
+def make(eps: float = 0.5, **kwargs: Any) -> DualVariables:
+    return DualVariables([RetainConstraint(name="retain", eps=eps)], **kwargs)
 
 
-def two(**kwargs: object) -> DualVariables:
+def two(**kwargs: Any) -> DualVariables:
     constraints = [
         RetainConstraint(name="retain", eps=0.5),
         RetainConstraint(name="facts", eps=0.25, multiplier=3.0, step_size=2.0),
     ]
-    return DualVariables(constraints, **kwargs)  # type: ignore[arg-type]
+    return DualVariables(constraints, **kwargs)
 
 
 # --- RetainConstraint ---
@@ -48,7 +49,7 @@ def test_bad_constraint_says_what_was_given(kwargs: dict, match: str) -> None:
 
 def test_bad_type_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"eps must be a number, got '0\.3'"):
-        RetainConstraint(name="retain", eps="0.3")  # type: ignore[arg-type]
+        RetainConstraint(name="retain", eps="0.3")  # type: ignore[arg-type]  # the wrong value is the point
     with pytest.raises(TypeError, match="got True"):
         RetainConstraint(name="retain", eps=True)
 

@@ -39,6 +39,7 @@ def rouge_l_recall(predictions: str | Sequence[str], references: str | Sequence[
     return _rouge_l(predictions, references, "recall")
 
 
+# as above
 @overload
 def rouge_l_f1(predictions: str, references: str) -> float: ...  # type: ignore[overload-overlap]
 @overload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def test_grad_ascent_is_minus_the_cross_entropy() -> None:
 @pytest.mark.parametrize(
     ("name", "weight"), [("wga_loss", lambda p: p), ("satimp_loss", lambda p: p**5 * (1 - p))], ids=["wga", "satimp"]
 )
-def test_reweighted_ascent_has_the_gradient_of_ascent_times_a_fixed_weight(name: str, weight) -> None:  # type: ignore[no-untyped-def]
+def test_reweighted_ascent_has_the_gradient_of_ascent_times_a_fixed_weight(
+    name: str, weight: Callable[[Tensor], Tensor]
+) -> None:
     logits = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
     getattr(losses, name)(logits, LABELS).loss.backward()
     p = logits.detach()[0, 0].softmax(-1)
