@@ -42,7 +42,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	@echo "== mypy"
-	$(BIN)/mypy hf_unlearn
+	$(BIN)/mypy hf_unlearn tests
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_unlearn.duals import DualVariables, RetainConstraint
 
@@ -225,7 +226,9 @@ def test_lagrangian_has_the_weights_as_gradient_and_keeps_lambda_constant(normal
     assert total.dtype == torch.float32
     total.backward()
     for name, weight in duals.weights().items():
-        assert losses[name].grad.item() == pytest.approx(weight.item())
+        gradient = losses[name].grad
+        assert gradient is not None
+        assert gradient.item() == pytest.approx(weight.item())
         assert not weight.requires_grad
     violations = duals.violations(losses)
     assert {k: v.item() for k, v in violations.items()} == {
@@ -240,6 +243,7 @@ def test_lagrangian_of_half_precision_losses_is_summed_in_32_bits() -> None:
     total = two().lagrangian({"retain": loss})
     assert total.dtype == torch.float32
     total.backward()
+    assert loss.grad is not None
     assert loss.grad.item() == 1.0
     assert two().lagrangian({"retain": None}).item() == 0.0
 
@@ -273,8 +277,10 @@ def test_summary_has_a_row_for_each_constraint() -> None:
 
 def test_resumed_run_continues_bit_for_bit_through_json() -> None:
     generator = torch.Generator().manual_seed(3)
-    losses = [{"retain": a, "facts": b} for a, b in torch.rand(60, 2, generator=generator).unbind(0)]
-    losses[7]["facts"] = None  # type: ignore[assignment]
+    losses: list[dict[str, Tensor | None]] = [
+        {"retain": a, "facts": b} for a, b in torch.rand(60, 2, generator=generator).unbind(0)
+    ]
+    losses[7]["facts"] = None
     kwargs = {"smoothing": 0.7, "warmup_updates": 5, "max_multiplier": 4.0, "step_size": 0.1}
     for stop in (0, 3, 20):
         whole, first, second = two(**kwargs), two(**kwargs), two(**kwargs)

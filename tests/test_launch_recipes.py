@@ -85,6 +85,19 @@ def test_bash_accepts_the_script_and_the_command_that_it_runs_on_each_node(scrip
     subprocess.run(["bash", "-n", "-c", inner[1]], check=True)
 
 
+def test_the_scripts_differ_in_their_launcher_only() -> None:
+    """SLURM runs a copy of a script, and users copy one, so what they share stands in both instead of a third file."""
+    shared = []
+    for script in SCRIPTS:
+        head, rest = script.read_text(encoding="utf-8").split("    setsid ")
+        lines = [line for line in head.splitlines() if "ENGINE" not in line and script.name not in line]
+        shared.append(
+            (lines[lines.index("#SBATCH --job-name=primal-dual") :], rest[rest.index(" &\n    launcher=$!") :])
+        )
+    assert len(shared) == 2
+    assert shared[0] == shared[1]
+
+
 def known_options(parser: Any) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 

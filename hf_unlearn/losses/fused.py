@@ -179,17 +179,22 @@ class LogpSum(_Fused):
         row_weights: Tensor | None,
         head: OutputHead,
         function: LogpFunction,
+        masses: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`(total, values (N,))`; the gradients are ready when it returns."""
+        """
+        `(total, values (N,))`; the gradients are ready when it returns. `masses`, the maximum of every row `(N, 1)`
+        and its sum of `exp(z - max)` `(N, 1)`, saves two passes over the logits where they were computed before.
+        """
         sums = _Accumulator(head, hidden, weight, bias, ctx.needs_input_grad)
         wide = upcast(hidden).dtype
         values = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         for part in sums.slices():
             rows, labels = sums.rows(part), targets[part].unsqueeze(-1)
-            chosen, top = rows.gather(-1, labels), rows.amax(dim=-1, keepdim=True)
+            chosen = rows.gather(-1, labels)
+            top = rows.amax(dim=-1, keepdim=True) if masses is None else masses[0][part]
             # `rows` itself is needed again only for the slope of a cap
             mass = (rows if head.cap is None else rows.clone()).sub_(top).exp_()
-            size = mass.sum(dim=-1, keepdim=True)
+            size = mass.sum(dim=-1, keepdim=True) if masses is None else masses[1][part]
             with torch.enable_grad():
                 logp = (chosen - top - size.log()).squeeze(-1).requires_grad_()
                 value = function(logp)
@@ -201,7 +206,7 @@ class LogpSum(_Fused):
             slope = slope.unsqueeze(-1)
             grad = mass.mul_(-slope / size).scatter_add_(-1, labels, slope)
             sums.add(part, grad, rows)
-        _Fused.finish(ctx, sums, hidden, weight, bias, tap, 5)
+        _Fused.finish(ctx, sums, hidden, weight, bias, tap, 6)
         ctx.mark_non_differentiable(values)
         total = (values if row_weights is None else values * row_weights.to(values)).sum()
         return total, values

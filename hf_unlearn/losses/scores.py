@@ -214,6 +214,7 @@ class FusedScores(Scores):
         self._hidden = hidden.flatten(0, 1).index_select(0, self.index)
         self._top: Tensor | None = None
         self._logp: Tensor | None = None
+        self._masses: tuple[Tensor, Tensor] | None = None
 
     @property
     def _linear(self) -> torch.nn.Linear | None:
@@ -228,15 +229,18 @@ class FusedScores(Scores):
 
     @torch.no_grad()
     def _stream(self) -> None:
-        logps, tops = [], []
+        logps, indices, tops, sizes = [], [], [], []
         with self.head.whole():
             for part in self._slices():
                 rows = self.rows(part)
                 chosen = rows.gather(-1, self.targets[part].unsqueeze(-1))
                 top, index = rows.max(dim=-1, keepdim=True)
-                logps.append((chosen - top - rows.sub_(top).exp_().sum(dim=-1, keepdim=True).log()).squeeze(-1))
-                tops.append(index.squeeze(-1))
-        self._logp, self._top = torch.cat(logps), torch.cat(tops)
+                size = rows.sub_(top).exp_().sum(dim=-1, keepdim=True)
+                logps.append((chosen - top - size.log()).squeeze(-1))
+                indices.append(index.squeeze(-1))
+                tops.append(top)
+                sizes.append(size)
+        self._logp, self._top, self._masses = torch.cat(logps), torch.cat(indices), (torch.cat(tops), torch.cat(sizes))
 
     def log_probs(self) -> Tensor:
         """As in [`Scores`]."""
@@ -248,7 +252,7 @@ class FusedScores(Scores):
     def of_logp(self, function: LogpFunction, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in [`Scores`]."""
         if self._linear is not None:
-            return self._summed(LogpSum, weights, function)
+            return self._summed(LogpSum, weights, function, self._masses)
         return self._called(lambda hidden, part: function(self._chunk_logp(hidden, part)), weights)
 
     def of_rows(self, function: RowFunction, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

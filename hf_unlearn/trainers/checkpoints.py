@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 TRAINER_STATE_FILE = "trainer_state.json"
 _TRASH = ".deleted-"  # a folder that is being deleted has another name, so that half of it is never taken for a whole
 _REPLICATED = "replicated"
+_RANDOM_STATE = "rng_state"  # every process writes a file of this name, on every engine, unless save_only_model is on
 
 
 # ---- complete or absent -------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     complete one: what a killed process left half-written is skipped with a warning.
 
     Raises:
-        ValueError: a folder was asked for that is not there or not complete, or none is complete.
+        ValueError: a folder was asked for that is not there or not complete, none is complete, or it has weights only.
     """
     if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
         resume_from_checkpoint = resume_from_checkpoint.lower() == "true"  # from a command line
@@ -62,6 +63,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         reason = what_is_missing(folder)
         if reason is not None:
             raise ValueError(_incomplete(folder, reason) + " Resume from another checkpoint, or start anew.")
+        _check_not_only_weights(folder)
         return str(folder)
     reasons: list[str] = []
     for folder in reversed(_by_step(Path(output_dir))):
@@ -69,10 +71,21 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         if reason is None:
             for text in reasons:
                 logger.warning(f"{text} It is skipped: the run is resumed from {folder}.")
+            _check_not_only_weights(folder)
             return str(folder)
         reasons.append(_incomplete(folder, reason))
     advice = " ".join(["Start a new run.", *reasons])
     raise ValueError(f"resume_from_checkpoint=True, but {output_dir} holds no checkpoint to resume from. {advice}")
+
+
+def _check_not_only_weights(folder: Path) -> None:
+    files = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["files"]
+    if not any(name.startswith(_RANDOM_STATE) for name in files):
+        raise ValueError(
+            f"{folder} was written with save_only_model=True: it has no optimizer, scheduler and random state, so a "
+            "resumed run would be another one. Expected a checkpoint that was written with save_only_model=False. "
+            f"Resume from such a one, or begin a new run from these weights, without resuming: model={str(folder)!r}."
+        )
 
 
 def _incomplete(folder: Path, reason: str) -> str:

@@ -1,28 +1,26 @@
-"""What surrounds the step: set-up before step 0, logs, evaluation, checkpoints, resume, model card."""
+"""What surrounds the step: set-up before step 0, resume, evaluation, logs, model card."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerControl
 
 from ..losses import IGNORE_INDEX
 from .accounting import FORGET, FORGET_SEQUENCES, count_units, response_tokens, retain_key
-from .checkpoints import check_same_run, delete_folder, resolve_checkpoint, rotate
+from .checkpoints import check_same_run, resolve_checkpoint
 from .lost_ranks import explain_lost_processes
 from .measure import measure_sums, rank_batches, row_log_probs
 from .model_card import write_model_card
 from .objective import ForgetTarget, level_distance
-from .preemption import Preemption
-from .state import explain_storage_errors, load_method_state, save_method_state
+from .saving import Saving
+from .state import load_method_state
 
 if TYPE_CHECKING:
     from .base import UnlearningTrainer
@@ -30,13 +28,11 @@ if TYPE_CHECKING:
 FORGET_NLL = "forget_nll"
 
 
-class Lifecycle(Trainer):
+class Lifecycle(Saving):
     """The parts of [`UnlearningTrainer`] that are not its algorithm."""
 
     control: TrainerControl
     target: ForgetTarget | None
-    preemption: Preemption
-    _is_saving = False
     _window: dict[str, Tensor]
     _window_steps: int
 
@@ -48,6 +44,7 @@ class Lifecycle(Trainer):
 
         Raises:
             ValueError: the checkpoint is missing, incomplete, another method's, another model's or another run's.
+            OSError: a checkpoint could not be written; what it left is deleted, earlier ones are untouched.
             FloatingPointError: a loss became NaN or infinite; the message names the step and the term.
             Preempted: SIGTERM stopped the run and its checkpoint is complete; ends the process with exit code 0.
             LostProcessError: another process of the run is gone.
@@ -290,7 +287,7 @@ class Lifecycle(Trainer):
         """More metrics of a method for `evaluate()`, from measured global means."""
         return {}
 
-    # ---- logs and checkpoints --------------------------------------------------------------------------------------
+    # ---- logs and model card --------------------------------------------------------------------------------------
 
     def log(self: UnlearningTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the terms since the last log to what the Trainer reports."""
@@ -325,59 +322,6 @@ class Lifecycle(Trainer):
             f"Step {self.state.global_step + 1}: the loss term {', '.join(bad)} is not finite ({terms}). {weights} "
             "Lower the learning rate, set max_grad_norm, or use bf16 instead of fp16."
         )
-
-    def save_model(self: UnlearningTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves model (or adapter), tokenizer and the method's state; complete or with an error that says so.
-
-        Raises:
-            OSError: the disk is full or not writable; the message names the folder and what to do.
-        """
-        folder = output_dir or self.args.output_dir
-        with explain_storage_errors(folder):
-            super().save_model(output_dir, _internal_call=True)  # the push comes below, with the method's state
-            if self._is_saving:
-                self.args.save_total_limit = None  # nothing older is deleted before this checkpoint is complete
-            elif self.args.should_save:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                save_method_state(folder, self.method, self.method_state(), self.reference_logps)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_checkpoint(self: UnlearningTrainer, model: Any, trial: Any) -> None:
-        """
-        As the Trainer's, but complete or absent: the method's state is written when every process has written its
-        part, and lists all files; only then are older checkpoints deleted.
-        """
-        run_folder = Path(self._get_output_dir(trial))
-        folder = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit = self.args.save_total_limit
-        self._is_saving = True
-        try:
-            with explain_storage_errors(folder):
-                if self.args.should_save:
-                    delete_folder(folder)  # what a killed run left of it
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    run = self.run_record().to_json()
-                    save_method_state(folder, self.method, self.method_state(), self.reference_logps, run=run)
-                    rotate(run_folder, folder, limit=limit, best=self.state.best_model_checkpoint)
-                self.accelerator.wait_for_everyone()
-        finally:
-            self._is_saving = False
-            self.args.save_total_limit = limit
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-
-    def _push_from_checkpoint(self, output_dir: str) -> None:
-        if not self._is_saving:  # the Trainer pushes before the checkpoint is complete
-            super()._push_from_checkpoint(output_dir)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
-        return is_best or self.preemption.agreed  # save_strategy="best" saves what this calls the best
 
     def create_model_card(
         self: UnlearningTrainer,

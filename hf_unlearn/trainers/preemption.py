@@ -91,9 +91,14 @@ class Preemption(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Ends the run; the checkpoint is complete."""
         if self.agreed:
+            how = (
+                "It holds weights only (save_only_model=True), so the run cannot be continued."
+                if args.save_only_model
+                else "Continue it with train(resume_from_checkpoint=True), or --resume_from_checkpoint True."
+            )
             logger.warning(
                 f"SIGTERM: the checkpoint of step {state.global_step} in {args.output_dir} is complete, and the run "
-                "ends. Continue it with train(resume_from_checkpoint=True), or --resume_from_checkpoint True."
+                f"ends. {how}"
             )
             raise Preempted(state.global_step)
 

@@ -41,9 +41,9 @@ def explain_storage_errors(folder: str | Path) -> Iterator[None]:
         if not _is_storage_error(error):
             raise
         raise SaveError(
-            f"Saving to {folder} failed: {error}. Is the disk full? Free space or choose another output_dir; what "
-            "this folder holds may be incomplete. Earlier checkpoints are untouched: continue with "
-            "train(resume_from_checkpoint=True), which takes the last complete one."
+            f"Saving to {folder} failed: {error}. Is the disk full? Free space or choose another output_dir. A saved "
+            "model may be incomplete; of an incomplete checkpoint nothing is kept. Earlier checkpoints are untouched: "
+            "continue with train(resume_from_checkpoint=True), which takes the last complete one."
         ) from error
 
 
@@ -51,9 +51,11 @@ def _is_storage_error(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _STORAGE_ERRORS  # a failed upload is an OSError too
     # safetensors and torch.save report a full disk as errors of their own (seen: "I/O error: No space left on device",
-    # "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", "PytorchStreamWriter failed")
+    # "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", "PytorchStreamWriter failed",
+    # "basic_ios::clear: iostream error")
     text = str(error).lower()
-    return any(sign in text for sign in ("no space left", "i/o error", "inline_container", "pytorchstreamwriter"))
+    signs = ("no space left", "i/o error", "inline_container", "pytorchstreamwriter", "iostream error")
+    return any(sign in text for sign in signs)
 
 
 def list_files(folder: Path) -> dict[str, int]:

@@ -12,12 +12,13 @@ import argparse
 import ctypes
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from transformers import TrainerCallback
 
 from hf_unlearn.lab.models import tiny_config, tiny_model
@@ -53,7 +54,7 @@ class Slope:
         )
 
 
-def least_squares(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+def least_squares(steps: ArrayLike, values: ArrayLike) -> tuple[float, float]:
     """
     Slope of `values` over `steps` and its standard error. Memory stays where it is until it moves, so neighbouring
     residuals are alike and the usual error would be far too small: this is Newey and West's (Econometrica 1987), over
@@ -97,11 +98,14 @@ class _MallInfo(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
 
 
+# Once: every CDLL object makes a class of its own.
+_mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+_mallinfo.restype = _MallInfo
+
+
 def bytes_in_use() -> int:
     """Bytes that malloc has handed out and nobody has freed (glibc 2.33 or later)."""
-    function = ctypes.CDLL("libc.so.6").mallinfo2
-    function.restype = _MallInfo
-    info = function()
+    info = _mallinfo()
     return info.uordblks + info.hblkhd
 
 
@@ -111,23 +115,26 @@ SOURCES = {"resident set": resident_bytes, "in use": bytes_in_use}
 class Memory(TrainerCallback):
     """Samples memory while a run goes on."""
 
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.values: dict[str, list[float]] = {name: [] for name in SOURCES}
+    def __init__(self, steps: int) -> None:
+        # Full from the start: samples in a growing list would be a leak of the measurement's own.
+        self.steps = np.ones(steps // EVERY)
+        self.values = {name: np.ones(steps // EVERY) for name in SOURCES}
+        self._taken = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One sample of each."""
         if state.global_step > WARM_UP and state.global_step % EVERY == 0:
-            self.steps.append(state.global_step)
+            self.steps[self._taken] = state.global_step
             for name, source in SOURCES.items():
-                self.values[name].append(source() / MIB)
+                self.values[name][self._taken] = source() / MIB
+            self._taken += 1
 
     def slopes(self) -> dict[str, Slope]:
         """A line through each."""
         found = {}
         for name, values in self.values.items():
             slope, error = least_squares(self.steps, values)
-            found[name] = Slope(slope=1_000 * slope, error=1_000 * error, samples=len(values), last=values[-1])
+            found[name] = Slope(slope=1_000 * slope, error=1_000 * error, samples=len(values), last=float(values[-1]))
         return found
 
 
@@ -137,7 +144,7 @@ def measure(steps: int = 1_000) -> dict[str, Slope]:
     rows = world.full.select_columns(["question", "answer"])
     tokenizer = train_tokenizer((text for row in rows for text in row.values()), 600)
     shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
-    samples = Memory()
+    samples = Memory(steps)
     with tempfile.TemporaryDirectory() as folder:
         args = PrimalDualConfig(
             output_dir=folder,

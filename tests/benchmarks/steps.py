@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,9 +190,9 @@ def steps(model: Any, parts: list[dict[str, Tensor]]) -> dict[str, Callable[[], 
 
     losses = {"primal-dual": primal_dual, "npo": npo, "sft": sft}
     naive = {"primal-dual": plain_primal_dual, "npo": plain_npo, "sft": plain_sft}
-    forms = {f"{name}, plain": lambda loss=loss: plain(loss) for name, loss in naive.items()}
+    forms: dict[str, Callable[[], Tensor]] = {f"{name}, plain": partial(plain, loss) for name, loss in naive.items()}
     return forms | {
-        f"{name}, {way}": lambda forward=forward, loss=loss: run(forward, loss)
+        f"{name}, {way}": partial(run, forward, loss)
         for name, loss in losses.items()
         for way, forward in forwards.items()
     }

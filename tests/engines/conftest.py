@@ -36,7 +36,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("engines"))
 
 
-def start(folder: Path, what: str) -> subprocess.Popen[str]:
+def start(folder: Path, *what: str) -> subprocess.Popen[str]:
     """Two gloo processes under torchrun."""
     environment = {
         **os.environ,
@@ -48,7 +48,7 @@ def start(folder: Path, what: str) -> subprocess.Popen[str]:
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.Popen(
-        [*launcher, str(HERE / "worker.py"), str(folder), what],
+        [*launcher, str(HERE / "worker.py"), str(folder), *what],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,9 +1,10 @@
-"""Runs that are stopped in mid-epoch and continued, on two processes; and a loss that is NaN on one of them."""
+"""Runs that are stopped in mid-epoch and continued, on two processes; a NaN and a full disk on one of them."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -27,6 +28,8 @@ ARGUMENTS: dict[str, Any] = {
     "load_best_model_at_end": True,
     "dual_smoothing": 0.5,
 }
+RESUMED = {"ddp": 0.0, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5}  # how far a resumed run may be from a whole one
+FULL = [("ddp", 0), ("ddp", 1), ("zero2", 1), ("zero3", 0)]  # on which process nothing can be written
 TWO_PROCESSES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
@@ -106,4 +109,41 @@ def break_one_rank(folder: Path) -> None:
     except FloatingPointError as error:
         message = str(error)
     (folder / f"nan-{rank}.txt").write_text(message, encoding="utf-8")
+    forget_engine()
+
+
+class FillTheDisk(TrainerCallback):
+    """After a step, a limit on the size of files lets the kernel refuse every further write of this process."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, self.before[1]))
+
+    def free(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def save_to_a_full_disk(folder: Path, engine: str, full: int) -> None:
+    """The second checkpoint cannot be written on one process; writes what each rank says."""
+    rank = os.environ["RANK"]
+    disk = FillTheDisk(4)
+    trainer = make_trainer(
+        folder,
+        "lmf",
+        folder / f"full-{engine}-{full}",
+        callbacks=[disk] if rank == str(full) else [],
+        **{**ARGUMENTS, **TWO_PROCESSES, **engine_arguments(engine)},
+    )
+    try:
+        trainer.train()
+        message = "no error"
+    except OSError as error:
+        message = f"{type(error).__name__}: {error}"
+    finally:
+        disk.free()
+    (folder / f"full-{engine}-{full}-{rank}.txt").write_text(message, encoding="utf-8")
     forget_engine()

@@ -121,14 +121,15 @@ def test_a_finished_run_that_is_resumed_trains_no_further(workspace: Path) -> No
 
 
 @pytest.mark.distributed
-def test_a_rank_that_is_killed_ends_the_run_on_all_within_a_minute(workspace: Path) -> None:
-    process = start(workspace, "lose-a-rank")
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_rank_that_is_killed_ends_the_run_on_all_within_a_minute(workspace: Path, engine: str) -> None:
+    process = start(workspace, "lose-a-rank", engine)
     try:
         output, _ = process.communicate(timeout=540)
     finally:
         process.kill()
     ended = time.time()
-    killed = float((workspace / "killed-at").read_text(encoding="utf-8"))
+    killed = float((workspace / f"killed-at-{engine}").read_text(encoding="utf-8"))
     assert ended - killed < 60
     assert process.returncode != 0
     assert "process 0 of 2: another process is gone or does not answer" in output

@@ -169,6 +169,32 @@ def test_a_saved_model_is_no_checkpoint(workspace, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "model"))
 
 
+def test_a_checkpoint_of_weights_only_is_refused_before_anything_is_loaded(workspace, tmp_path):
+    """The Trainer would go on with a fresh optimizer, and say nothing."""
+    arguments = {
+        **SAVING,
+        "save_only_model": True,
+        "max_steps": 2,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    first = make_trainer(workspace, "lmf", tmp_path, **arguments, load_best_model_at_end=True)
+    first.train()
+    best = tmp_path / f"checkpoint-{first.state.best_global_step}"
+    kept = AutoModelForCausalLM.from_pretrained(best).state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in first.model.state_dict().items())
+    for given, named in ((True, "checkpoint-2"), (str(best), best.name)):
+        trainer = make_trainer(workspace, "lmf", tmp_path, **SAVING)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        with pytest.raises(
+            ValueError, match=rf"{named} was written with save_only_model=True.*Expected .*=False.*begin a new run"
+        ):
+            trainer.train(resume_from_checkpoint=given)
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        assert trainer.optimizer is None
+
+
 def test_zero_shards_belong_to_a_number_of_processes():
     now = RunRecord(engine="zero-2", processes=4, rows_per_step=8, data={"forget": 16}, model={"class": "Llama"})
     saved = {**now.to_json(), "processes": 2}

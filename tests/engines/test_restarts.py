@@ -6,7 +6,7 @@ import re
 
 import pytest
 from cases import make_trainer
-from restarts import ARGUMENTS, TWO_PROCESSES
+from restarts import ARGUMENTS, FULL, RESUMED, TWO_PROCESSES
 from test_trajectories import same_state, same_weights
 from transformers import TrainerState
 
@@ -15,7 +15,7 @@ from hf_unlearn.trainers.checkpoints import what_is_missing
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize(("engine", "tolerance"), [("ddp", 0.0), ("zero2", 1e-5)])
+@pytest.mark.parametrize(("engine", "tolerance"), RESUMED.items())
 def test_sigterm_on_one_rank_stops_all_after_the_same_step_and_the_rest_is_unchanged(ends, engine, tolerance):
     for rank in "01":
         assert ends.result(f"stopped-{engine}-{rank}") == {"code": 0, "step": 3}
@@ -30,7 +30,7 @@ def test_sigterm_on_one_rank_stops_all_after_the_same_step_and_the_rest_is_uncha
 
 def test_a_stopped_run_leaves_its_last_and_its_best_checkpoint_and_both_are_complete(ends):
     """save_total_limit=1; the older ones are deleted only when a newer one is complete."""
-    for engine in ("one", "ddp", "zero2"):
+    for engine in ("one", *RESUMED):
         left = list((ends.folder / f"stopped-{engine}").iterdir())
         state = TrainerState.load_from_json(str(ends.folder / f"stopped-{engine}/checkpoint-3/trainer_state.json"))
         assert {path.name for path in left} == {"checkpoint-3", f"checkpoint-{state.best_global_step}"}
@@ -86,3 +86,15 @@ def test_processes_that_are_not_connected_are_refused(ends):
         message = ends.text(f"backend-{rank}.txt")
         assert "started 2 processes, but they are not connected: this one sees 1" in message
         assert 'ddp_backend="gloo"' in message
+
+
+@pytest.mark.parametrize(("engine", "full"), FULL)
+def test_a_full_disk_on_one_rank_ends_all_alike_and_only_the_earlier_checkpoint_is_left(ends, engine, full):
+    """Under ZeRO every rank writes a shard; all go on to the collective operations that follow, so none waits."""
+    first, second = (ends.text(f"full-{engine}-{full}-{rank}.txt") for rank in "01")
+    assert first == second
+    assert re.match(rf"SaveError: Process {full} of 2: Saving to .*checkpoint-4.* failed: .*Free space", first)
+    assert "train(resume_from_checkpoint=True), which takes the last complete one" in first
+    left = list((ends.folder / f"full-{engine}-{full}").iterdir())
+    assert [path.name for path in left] == ["checkpoint-2"]
+    assert what_is_missing(left[0]) is None

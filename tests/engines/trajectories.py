@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "zero1": {"stage": 1},
+    "zero1_offload": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
     "zero2": {"stage": 2},
     "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero3": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
@@ -27,8 +28,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 RUNS = [
     # ZeRO-3 comes before its lower stages: it must not depend on what they have set up
-    *[(case, engine) for engine in ("ddp", "zero3", "zero2") for case in ("lmf", "lora", "npo")],
-    *[("lmf", "zero1"), ("lora", "zero2_offload"), ("lmf", "zero3_offload")],
+    *[(case, engine) for engine in ("ddp", "zero3", "zero2", "zero1") for case in ("lmf", "lora", "npo")],
+    *[("lmf", "zero1_offload"), ("lora", "zero2_offload"), ("lmf", "zero3_offload")],
     *[("lmf", "fsdp2"), ("lora", "fsdp2"), ("npo", "fsdp2")],
 ]
 

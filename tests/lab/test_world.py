@@ -15,10 +15,10 @@ from scipy.stats import chisquare
 
 from hf_unlearn.lab.grammar import choose, fill, slots_of, with_article
 from hf_unlearn.lab.vocabulary import build_vocabulary, read_json
-from hf_unlearn.lab.world import World, WorldRow, make_world, world_data
+from hf_unlearn.lab.world import World, WorldRow, WorldSplit, make_world, world_data
 
-PLAIN = ("full", "forget10", "retain90", "holdout10")
-PERTURBED = ("forget10_perturbed", "retain_perturbed", "holdout10_perturbed")
+PLAIN: tuple[WorldSplit, ...] = ("full", "forget10", "retain90", "holdout10")
+PERTURBED: tuple[WorldSplit, ...] = ("forget10_perturbed", "retain_perturbed", "holdout10_perturbed")
 TOFU_COLUMNS = ["question", "answer", "paraphrased_answer", "perturbed_answer", "paraphrased_question"]
 SEEDS = (0, 1)
 
@@ -57,7 +57,7 @@ def test_splits_have_tofu_columns_and_the_agreed_sizes(world: World) -> None:
 
 
 def test_a_perturbed_split_has_the_rows_of_its_plain_split(world: World) -> None:
-    for plain, perturbed in (("forget10", PERTURBED[0]), ("retain90", PERTURBED[1]), ("holdout10", PERTURBED[2])):
+    for plain, perturbed in zip(PLAIN[1:], PERTURBED, strict=True):
         for column in ("question", "answer", "author"):
             assert world.split(plain)[column] == world.split(perturbed)[column]
 

@@ -66,7 +66,7 @@ def descend(logits: Tensor, labels: Tensor, by: Unit) -> Tensor:
 
 
 @pytest.mark.parametrize("by", ["example", "token"])
-def test_the_pull_lands_on_the_level_from_both_sides(by: str) -> None:
+def test_the_pull_lands_on_the_level_from_both_sides(by: Unit) -> None:
     logits = torch.zeros(2, 4, 6)
     logits[0, :, 1], logits[1, :, 2] = 9.0, 9.0
     labels = torch.tensor([[-100, 1, 1, 1], [-100, 1, 1, 1]])

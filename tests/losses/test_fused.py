@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from hf_unlearn.losses.head import OutputHead
 from hf_unlearn.losses.scores import FullScores, FusedScores, Scores, response_index, through_log_probs
 
 B, T, D, V = 3, 9, 6, 23
-HEADS = {"plain": {}, "scaled": {"scale": 0.3}, "capped": {"cap": 2.0}, "both": {"scale": 1.7, "cap": 3.0}}
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scale": 0.3},
+    "capped": {"cap": 2.0},
+    "both": {"scale": 1.7, "cap": 3.0},
+}
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +95,7 @@ def test_gradients_of_the_sums_are_central_differences(kind: str, head: str) -> 
 
     def total(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if kind == "logp":
-            return LogpSum.apply(x, weight, bias, None, targets, weights, output, rows.negative)[0]
+            return LogpSum.apply(x, weight, bias, None, targets, weights, output, rows.negative, None)[0]
         if kind == "rows":
             return RowSum.apply(x, weight, bias, None, targets, weights, output, rows.row_kl_to_uniform, None)[0]
         pick = others.__getitem__
@@ -213,6 +219,6 @@ def test_layout_helpers_agree_with_a_loop() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"chunk_size": 0}, "chunk_size is 0"), ({"cap": -1.0}, "cap is -1")]
 )
-def test_impossible_heads_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_impossible_heads_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OutputHead(module=linear(False), **arguments)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
 from hf_unlearn.reports import (
     Results,
@@ -196,8 +198,9 @@ def test_retain_figure_has_one_panel_a_constraint_and_shades_the_infeasible_side
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Loss on retain", "Loss on world_facts"]
     for axis, constraint in zip(figure.axes, sample["constraints"], strict=True):
         (level,) = [line for line in axis.lines if line.is_dashed()]
-        assert set(level.get_ydata()) == {constraint["eps"]}
+        assert set(np.asarray(level.get_ydata())) == {constraint["eps"]}
         (shade,) = axis.patches
+        assert isinstance(shade, Rectangle)
         assert shade.get_y() == pytest.approx(constraint["eps"])
         assert shade.get_y() + shade.get_height() == pytest.approx(axis.get_ylim()[1])
 
@@ -206,7 +209,7 @@ def test_eps_of_the_log_wins_over_the_final_one() -> None:
     history = [{"step": s, "loss/retain/a": 0.1, "eps/a": 0.3 - 0.05 * s} for s in (1, 2, 3)]
     figure = constraint_figure(history, [{"name": "a", "eps": 9.0}])
     assert figure is not None
-    assert list(figure.axes[0].lines[1].get_ydata()) == pytest.approx([0.25, 0.2, 0.15])
+    assert np.asarray(figure.axes[0].lines[1].get_ydata()).tolist() == pytest.approx([0.25, 0.2, 0.15])
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [0.0], [0.0, float("inf"), 1.0], [1.0], [1e-30, 1e30]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def compare(model: Any, loss: str, batches: list[dict[str, Any]], *, chunk: int 
     scale = max(float(value.abs().max()) for value in wanted.values())
     for name, value in wanted.items():
         torch.testing.assert_close(
-            found[name], value, rtol=rtol, atol=rtol * max(scale, 1e-3), msg=lambda m, n=name: f"{n}: {m}"
+            found[name], value, rtol=rtol, atol=rtol * max(scale, 1e-3), msg=partial("{}: {}".format, name)
         )
 
 
@@ -198,8 +199,14 @@ def test_lmf_through_an_adapter_is_a_gather_where_the_adapter_adds(kind: str, mo
     model.requires_grad_(True)
     margins: list[torch.Tensor] = []
     grads: list[dict[str, torch.Tensor]] = []
-    gathers, inner = [], TopGap.apply
-    monkeypatch.setattr(TopGap, "apply", lambda *leaves: gathers.append(leaves[0].shape[-1]) or inner(*leaves))
+    gathers: list[int] = []
+    inner = TopGap.apply
+
+    def counted(*leaves: Any) -> Any:
+        gathers.append(leaves[0].shape[-1])
+        return inner(*leaves)
+
+    monkeypatch.setattr(TopGap, "apply", counted)
     for fused in (False, True):
         model.zero_grad()
         total, _ = ModelForward(model, fused=fused, chunk_size=3)(model, parts())[0].margin_squared()
@@ -274,7 +281,7 @@ def test_a_usual_head_passes_the_check_and_the_hook_is_gone() -> None:
     assert not model.training
 
 
-def test_the_vocabulary_is_never_multiplied_for_the_whole_batch() -> None:
+def test_the_vocabulary_is_never_multiplied_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes that reach the head's matrix product: one position from the model, then chunks of response rows."""
     model = build("llama", tied=False)
     seen: list[int] = []
@@ -285,14 +292,12 @@ def test_the_vocabulary_is_never_multiplied_for_the_whole_batch() -> None:
             seen.append(x[..., 0].numel())
         return inner(x, weight, bias)
 
-    torch.nn.functional.linear = spy
-    try:
-        batches = parts()
+    batches = parts()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", spy)
         scores = ModelForward(model, chunk_size=3)(model, batches)
         total = scores[0].margin_squared()[0] + scores[1].of_logp(torch.neg)[0]
         total.backward()
-    finally:
-        torch.nn.functional.linear = inner
     assert seen[0] == 1
     assert max(seen[1:]) == 3
     assert sum(seen[1:]) == sum(part.count for part in scores), "one product a response row, none in backward"

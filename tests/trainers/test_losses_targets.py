@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from kit import (
     difference,
@@ -15,7 +17,7 @@ from kit import (
 from hf_unlearn.trainers.datasets import WRONG_ANSWER_TOKENS
 from hf_unlearn.trainers.objective import ForgetLossName
 
-LOSSES = ForgetLossName.__args__
+LOSSES = get_args(ForgetLossName)
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
