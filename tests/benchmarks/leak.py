@@ -1,15 +1,17 @@
 """Does a long run leak? 1,000 short primal-dual steps on a tiny model, and the slope of the memory it holds.
 
-Two numbers, because they answer different questions: the resident set also counts what the allocator keeps of freed
-blocks, which creeps up as batches of changing widths fragment the heap; bytes in use are what nobody has freed.
+Before each sample the collector runs and malloc gives freed pages back: what stays is held by somebody. Without that
+(`--as-it-comes`) the resident set also has what the allocator keeps of freed blocks, which creeps up as batches of
+changing widths fragment the heap, and cycles that wait for the collector.
 
-python tests/benchmarks/leak.py [--steps N]
+python tests/benchmarks/leak.py [--steps N] [--as-it-comes]
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import math
 import tempfile
 from collections.abc import Mapping
@@ -98,14 +100,19 @@ class _MallInfo(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
 
 
-# Once: every CDLL object makes a class of its own.
-_mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
-_mallinfo.restype = _MallInfo
+_libc = ctypes.CDLL("libc.so.6")  # once: every such object makes classes of its own
+_libc.mallinfo2.restype = _MallInfo
+
+
+def give_back() -> None:
+    """Collects cycles, and returns to the system what malloc holds of freed memory."""
+    gc.collect()
+    _libc.malloc_trim(0)
 
 
 def bytes_in_use() -> int:
     """Bytes that malloc has handed out and nobody has freed (glibc 2.33 or later)."""
-    info = _mallinfo()
+    info = _libc.mallinfo2()
     return info.uordblks + info.hblkhd
 
 
@@ -115,7 +122,8 @@ SOURCES = {"resident set": resident_bytes, "in use": bytes_in_use}
 class Memory(TrainerCallback):
     """Samples memory while a run goes on."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, *, as_it_comes: bool = False) -> None:
+        self.as_it_comes = as_it_comes
         # Full from the start: samples in a growing list would be a leak of the measurement's own.
         self.steps = np.ones(steps // EVERY)
         self.values = {name: np.ones(steps // EVERY) for name in SOURCES}
@@ -124,6 +132,8 @@ class Memory(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One sample of each."""
         if state.global_step > WARM_UP and state.global_step % EVERY == 0:
+            if not self.as_it_comes:
+                give_back()
             self.steps[self._taken] = state.global_step
             for name, source in SOURCES.items():
                 self.values[name][self._taken] = source() / MIB
@@ -138,13 +148,13 @@ class Memory(TrainerCallback):
         return found
 
 
-def measure(steps: int = 1_000) -> dict[str, Slope]:
+def measure(steps: int = 1_000, *, as_it_comes: bool = False) -> dict[str, Slope]:
     """Trains for `steps` after the warm-up and fits a line through each of [`SOURCES`]."""
     world = make_world(seed=0, num_authors=10, questions_per_author=4)
     rows = world.full.select_columns(["question", "answer"])
     tokenizer = train_tokenizer((text for row in rows for text in row.values()), 600)
     shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
-    samples = Memory(steps)
+    samples = Memory(steps, as_it_comes=as_it_comes)
     with tempfile.TemporaryDirectory() as folder:
         args = PrimalDualConfig(
             output_dir=folder,
@@ -187,4 +197,6 @@ def as_rows(slopes: Mapping[str, Slope]) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1_000)
-    print("\n".join(lines(measure(parser.parse_args().steps))))
+    parser.add_argument("--as-it-comes", action="store_true", help="sample without giving memory back first")
+    options = parser.parse_args()
+    print("\n".join(lines(measure(options.steps, as_it_comes=options.as_it_comes))))
