@@ -8,6 +8,7 @@ plain form cost, backward is one multiplication. (The idea of accumulating in fo
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -73,12 +74,13 @@ class WeightTap:
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, tap: WeightTap) -> Tensor:
-        ctx.tap = tap
+        # Weak, or tap, weight and this node would hold each other until the collector comes. The uses hold the tap.
+        ctx.tap = weakref.ref(tap)
         return parameter.view_as(parameter)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.tap.take().to(grads[0].dtype), None
+        return ctx.tap().take().to(grads[0].dtype), None
 
 
 class _Accumulator:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_unlearn.losses import rows
-from hf_unlearn.losses.fused import LogpSum, RowSum, TopGap
+from hf_unlearn.losses.fused import LogpSum, RowSum, TopGap, WeightTap
 from hf_unlearn.losses.head import OutputHead
 from hf_unlearn.losses.scores import FullScores, FusedScores, Scores, response_index, through_log_probs
 
@@ -222,3 +224,22 @@ def test_layout_helpers_agree_with_a_loop() -> None:
 def test_impossible_heads_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OutputHead(module=linear(False), **arguments)
+
+
+def test_a_step_leaves_no_cycle_of_the_tap() -> None:
+    """A cycle would keep every step's graph until the collector comes."""
+    layer = linear(bias=False)
+    hidden, labels, _ = problem()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        tap = WeightTap(layer.weight)
+        scores = FusedScores(OutputHead(module=layer), hidden, labels, tap=tap)
+        total = scores.of_logp(rows.negative)[0] + scores.margin_squared()[0]
+        total.backward()
+        alive = weakref.ref(tap)
+        del tap, scores, total
+        assert alive() is None
+    finally:
+        if was_enabled:
+            gc.enable()
