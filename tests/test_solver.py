@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ def squared_distance(center: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: ((x - center) ** 2).sum()
 
 
-def ball(eps: float, **kwargs: object) -> DualVariables:
-    return DualVariables([RetainConstraint(name="ball", eps=eps)], **kwargs)  # type: ignore[arg-type]
+def ball(eps: float, **kwargs: Any) -> DualVariables:
+    return DualVariables([RetainConstraint(name="ball", eps=eps)], **kwargs)
 
 
 @pytest.mark.parametrize("warmup", [0, 100])
