@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class OutputHead:
     def linear(self) -> nn.Linear | None:
         """The head as a plain linear layer, whose gradients have a closed form; None for anything else."""
         offloaded = hasattr(self.module, "_hf_hook")  # accelerate moves the weights in when the module is called
-        return self.module if type(self.module) is nn.Linear and not offloaded else None
+        return self.module if _is_plain(self.module) and not offloaded else None
 
     def linear_parts(self, hidden: Tensor) -> list[tuple[Tensor, nn.Linear]] | None:
         """
@@ -75,7 +75,7 @@ class OutputHead:
             return [(hidden, self.linear)]
         module: Any = self.module
         base = getattr(module, "base_layer", None)
-        if type(base) is not nn.Linear or not hasattr(module, "lora_A") or self.sharded():
+        if not _is_plain(base) or not hasattr(module, "lora_A") or self.sharded():
             return None
         if module.merged or module.disable_adapters:
             return [(hidden, base)]
@@ -84,7 +84,7 @@ class OutputHead:
             if name not in module.lora_A:
                 continue
             down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-            plain = type(down) is nn.Linear and type(up) is nn.Linear and not _draws(dropout)
+            plain = _is_plain(down) and _is_plain(up) and not _draws(dropout)
             if not plain or name in getattr(module, "lora_variant", {}):
                 return None
             parts.append((down(hidden.to(down.weight.dtype)) * module.scaling[name], up))
@@ -129,9 +129,34 @@ class OutputHead:
         """
         linear = self.linear
         if linear is None:
-            return self.finish(self.module(hidden))
+            return self.finish(_call(self.module, hidden))
         return self.finish(F.linear(hidden, linear.weight, linear.bias))
 
 
 def _draws(dropout: nn.Module) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` (FSDP2) was applied to the module itself; it then has a derived class."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _is_plain(module: object) -> TypeGuard[nn.Linear]:
+    """Whether this is a linear layer and no subclass, but for the one that `fully_shard` derives."""
+    kind = type(module)
+    if isinstance(module, nn.Linear) and _is_unit(module):
+        kind = kind.__mro__[2]
+    return kind is nn.Linear
+
+
+def _call(module: nn.Module, hidden: Tensor) -> Tensor:
+    """
+    Calls the module. One that is an FSDP2 unit has its weights gathered already, and its hooks would open a forward
+    pass of the unit (accelerate's holds the last norm too) that never ends.
+    """
+    return module.forward(hidden) if _is_unit(module) else module(hidden)

@@ -21,6 +21,7 @@ from ..geometry import (
     combine,
 )
 from .accounting import ASCENDED, FORGET, retain_key
+from .sharding import fsdp2_units
 
 if TYPE_CHECKING:
     from .base import UnlearningTrainer
@@ -164,7 +165,7 @@ def make_space(model: Any, accelerator: Any) -> ParameterSpace:
     Raises:
         ValueError: an engine whose pieces cannot be moved (FSDP1), or one in a configuration that does not allow it.
     """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     if accelerator.distributed_type.value == "DEEPSPEED":
         return ZeroSpace(model)
@@ -173,6 +174,6 @@ def make_space(model: Any, accelerator: Any) -> ParameterSpace:
             "sam_rho and gradient_projection need FSDP2, DDP, ZeRO or a single process, and this model is wrapped by "
             "FSDP1. Set fsdp_version: 2 (accelerate) or use --accelerate_config fsdp2."
         )
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if fsdp2_units(model):
         return Fsdp2Space(model)
     return LocalSpace(model)

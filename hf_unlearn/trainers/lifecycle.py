@@ -20,6 +20,7 @@ from .measure import measure_sums, rank_batches, row_log_probs
 from .model_card import write_model_card
 from .objective import ForgetTarget, level_distance
 from .saving import Saving
+from .sharding import fsdp2_units
 from .state import load_method_state
 
 if TYPE_CHECKING:
@@ -210,7 +211,8 @@ class Lifecycle(Saving):
         if self.is_in_train:
             return self.model_wrapped
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            if self.model_wrapped is self.model:
+            # FSDP2 shards in place: the wrapped model is then the model itself
+            if self.model_wrapped is self.model and not fsdp2_units(self.model):
                 raise ValueError("evaluate() on a sharded engine needs train() first, which shards the model.")
             return self.model_wrapped
         if self.args.place_model_on_device:

@@ -39,7 +39,31 @@ def is_collective(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
+def fsdp2_units(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was applied to; it changes them in place."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def unshard(model: Any, module: nn.Module) -> None:
-    """Under FSDP2, gathers the root's own weights if `module` is among them and they have been put away again."""
-    if hasattr(model, "unshard") and any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
-        model.unshard()
+    """
+    Under FSDP2, gathers the weights of `module` again where they have been put away: those of the unit it belongs to,
+    which is the whole model's (Transformers) or the head's own (accelerate), and of units within it.
+    """
+    if not any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        return
+    for unit in _units(model, module):
+        unit.unshard()
+
+
+def _units(model: nn.Module, module: nn.Module) -> list[Any]:
+    """The FSDP2 units that hold the parameters of `module`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    inside = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    path = next(name for name, part in model.named_modules() if part is module)
+    names = path.split(".") if path else []
+    above = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1)]
+    nearest = next((part for part in above if isinstance(part, FSDPModule)), None)
+    return inside if nearest is None or nearest in inside else [*inside, nearest]

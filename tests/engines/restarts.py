@@ -28,8 +28,18 @@ ARGUMENTS: dict[str, Any] = {
     "load_best_model_at_end": True,
     "dual_smoothing": 0.5,
 }
-RESUMED = {"ddp": 0.0, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5}  # how far a resumed run may be from a whole one
-FULL = [("ddp", 0), ("ddp", 1), ("zero2", 1), ("zero3", 0)]  # on which process nothing can be written
+# how far a resumed run may be from a whole one
+RESUMED = {"ddp": 0.0, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5, "fsdp2_accelerate": 1e-5}
+# PyTorch (2.13) cannot load a full optimizer state without a tensor in it, which plain SGD's is
+_STATEFUL = {"fsdp2_accelerate": {"optim": "adamw_torch", "learning_rate": 1e-3}}
+FULL = [
+    ("ddp", 0),
+    ("ddp", 1),
+    ("zero2", 1),
+    ("zero3", 0),
+    ("fsdp2_accelerate", 0),
+    ("fsdp2_accelerate", 1),
+]  # on which process nothing can be written
 TWO_PROCESSES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
@@ -51,8 +61,11 @@ class Terminate(TrainerCallback):
 def stop_and_resume(folder: Path, engine: str) -> None:
     """An undisturbed run, and one that SIGTERM on rank 1 stops in step 3 and that is then resumed."""
     rank = os.environ["RANK"]
-    arguments = {**ARGUMENTS, **TWO_PROCESSES, **engine_arguments(engine)}
-    whole = make_trainer(folder, "lmf", folder / f"whole-{engine}", **arguments)
+
+    def arguments() -> dict[str, Any]:
+        return {**ARGUMENTS, **TWO_PROCESSES, **_STATEFUL.get(engine, {}), **engine_arguments(engine)}
+
+    whole = make_trainer(folder, "lmf", folder / f"whole-{engine}", **arguments())
     whole.train()
     report(whole, folder / f"whole-{engine}-{rank}")
     forget_engine()
@@ -62,7 +75,7 @@ def stop_and_resume(folder: Path, engine: str) -> None:
         "lmf",
         folder / f"parts-{engine}",
         callbacks=[Terminate(3)] if rank == "1" else [],
-        **{**ARGUMENTS, **TWO_PROCESSES, **engine_arguments(engine)},
+        **arguments(),
     )
     end: dict[str, Any] = {"code": None}
     try:
@@ -77,9 +90,7 @@ def stop_and_resume(folder: Path, engine: str) -> None:
         (folder / f"parts-{engine}" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
     torch.distributed.barrier()
 
-    resumed = make_trainer(
-        folder, "lmf", folder / f"parts-{engine}", **{**ARGUMENTS, **TWO_PROCESSES, **engine_arguments(engine)}
-    )
+    resumed = make_trainer(folder, "lmf", folder / f"parts-{engine}", **arguments())
     resumed.train(resume_from_checkpoint=True)
     report(resumed, folder / f"parts-{engine}-{rank}")
     forget_engine()

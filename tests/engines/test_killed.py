@@ -121,7 +121,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(workspace: Path) -> No
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2_accelerate"])
 def test_a_rank_that_is_killed_ends_the_run_on_all_within_a_minute(workspace: Path, engine: str) -> None:
     process = start(workspace, "lose-a-rank", engine)
     try:

@@ -26,6 +26,9 @@ def test_sigterm_on_one_rank_stops_all_after_the_same_step_and_the_rest_is_uncha
         same_state(whole["evaluation"], resumed["evaluation"], tolerance)
         assert resumed["step"] == 6
         assert len(resumed["log"]) == 6, "three steps before and three after, none twice"
+        for entry, expected in zip(resumed["log"], whole["log"], strict=True):
+            for key in ("loss", "grad_norm", "loss/forget", "dual/people", "dual/facts", "num_tokens"):
+                assert entry[key] == pytest.approx(expected[key], rel=max(tolerance, 1e-12)), key
 
 
 def test_a_stopped_run_leaves_its_last_and_its_best_checkpoint_and_both_are_complete(ends):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsdp2_on_cpu
 from accelerate.state import AcceleratorState
 from cases import make_trainer, report
 from transformers import AutoModelForCausalLM
@@ -31,6 +32,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "stage3_gather_16bit_weights_on_model_save": True,
     },
     "fsdp2": {},
+    "fsdp2_accelerate": {},
 }
 RUNS = [
     # ZeRO-3 comes before its lower stages: it must not depend on what they have set up
@@ -38,12 +40,15 @@ RUNS = [
     *[("lmf", "zero1_offload"), ("lora", "zero2_offload"), ("lmf", "zero3_offload")],
     *[("lmf", "fsdp2"), ("lora", "fsdp2"), ("npo", "fsdp2")],
     *[(case, engine) for engine in ("ddp", "zero3", "zero2", "zero1", "fsdp2") for case in ("prism", "prism-lora")],
+    *[(case, "fsdp2_accelerate") for case in ("lmf", "lora", "npo", "prism", "prism-lora")],
     *[("prism", "zero3_sharded"), ("prism-lora", "zero3_sharded"), ("lmf", "zero3_sharded")],
 ]
 
 
 def engine_arguments(engine: str) -> dict[str, Any]:
-    """Arguments of the configuration that choose an engine."""
+    """Chooses an engine: arguments of the configuration, or the environment until [`forget_engine`]."""
+    if engine == "fsdp2_accelerate":
+        fsdp2_on_cpu.enable()
     if not engine.startswith("zero"):
         return {}
     return {
@@ -69,6 +74,7 @@ def load_sharded(path: Path) -> Any:
 def forget_engine() -> None:
     """Back to a process without an engine; the process group stays."""
     gc.collect()
+    fsdp2_on_cpu.disable()
     unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     AcceleratorState._reset_state(reset_partial_state=True)
