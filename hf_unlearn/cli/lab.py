@@ -25,8 +25,10 @@ def run(command: str, arguments: list[str]) -> int:
     parser.add_argument("--retain_limit", type=int, default=None, help="score only so many retain rows")
     parser.add_argument(
         "--relearn",
-        action="store_true",
-        help="also fine-tune each model on a quarter of the forget rows, and measure the rest",
+        nargs="*",
+        type=float,
+        metavar="SHARE",
+        help="also fine-tune each model on a share of the forget rows (0.25), or on several, and measure the rest",
     )
     options = parser.parse_args(arguments)
 
@@ -54,6 +56,7 @@ def run(command: str, arguments: list[str]) -> int:
     if options.epochs is not None:
         recipe = LabRecipe(**{**recipe.__dict__, "epochs": options.epochs})
     methods = [method_by_name(name) for name in options.methods] if options.methods else list(METHODS)
+    shares = options.relearn
     folder = options.output_dir or f"outputs/lab-{options.world}"
     console = Console()
     rows = run_bench(
@@ -63,7 +66,7 @@ def run(command: str, arguments: list[str]) -> int:
         recipe=recipe,
         seeds=options.seeds,
         retain_limit=options.retain_limit,
-        relearning=RelearnConfig() if options.relearn else None,
+        relearning=[] if shares is None else [RelearnConfig(fraction=share) for share in shares or [0.25]],
         report=lambda line: console.print(line, highlight=False),
     )
     console.print(Markdown(markdown(rows)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -35,9 +34,6 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("world_facts_plain_probability", "world facts"),
     ("model_utility", "utility"),
     ("score", "score"),
-    ("recovery_10", "unseen after 10"),
-    ("recovery_25", "after 25"),
-    ("recovery_50", "after 50"),
     ("seconds", "seconds"),
     ("peak_mib", "peak MiB"),
 )
@@ -64,7 +60,7 @@ def run_bench(
     seeds: Sequence[int] = (0,),
     max_new_tokens: int = 200,
     retain_limit: int | None = None,
-    relearning: RelearnConfig | None = None,
+    relearning: Sequence[RelearnConfig] = (),
     report: Callable[[str], None] = print,
 ) -> list[BenchRow]:
     """
@@ -87,9 +83,9 @@ def run_bench(
             Longest generated answer.
         retain_limit (`int`, *optional*):
             Score only so many retain rows.
-        relearning ([`RelearnConfig`], *optional*):
-            Also fine-tune a copy of every model on a part of the forget rows, and measure the other part. The
-            reference is the control.
+        relearning (`Sequence[RelearnConfig]`, *optional*):
+            For each, also fine-tune a copy of every model on a part of the forget rows, and measure the other part.
+            The reference is the control.
         report (`Callable`, *optional*):
             Gets a line after each run.
     """
@@ -112,7 +108,7 @@ def run_bench(
             trained.model, trained.tokenizer, data, cache=cache, description=f"evaluating {name}:", **options
         )
         extra = {} if trained.from_cache else {"seconds": seconds, "peak_mib": memory.bytes / 2**20}
-        if relearning is not None and name == "reference":
+        if name == "reference":
             extra |= recovery(trained.model, trained.tokenizer, data, relearning)
         rows.append(_row(name, f"{name} ({describe(trained)})", None, anchors[name], anchors, extra))
         report(_line(rows[-1]))
@@ -128,8 +124,7 @@ def run_bench(
                     run.model, lab.tokenizer, data, description=f"evaluating {method.label}:", **options
                 )
                 extra = {"seconds": run.seconds, "peak_mib": run.peak_bytes / 2**20}
-                if relearning is not None:
-                    extra |= recovery(run.model, lab.tokenizer, data, relearning)
+                extra |= recovery(run.model, lab.tokenizer, data, relearning)
                 row = _row(method.name, method.label, seed, scores, anchors, extra)
                 row = BenchRow(**{**row.__dict__, "constraints": run.constraints, "arguments": dict(method.arguments)})
                 _write_json(file, {**asdict(row), "history": run.history})
@@ -141,13 +136,32 @@ def run_bench(
     return rows
 
 
-def recovery(model: Any, tokenizer: Any, data: LabData, config: RelearnConfig) -> dict[str, float]:
-    """Probability of the forget rows that a relearning attacker never showed, by optimizer steps."""
+def recovery(model: Any, tokenizer: Any, data: LabData, attackers: Sequence[RelearnConfig]) -> dict[str, float]:
+    """
+    Probability of the forget rows that a relearning attacker never showed, as `recovery_<percent shown>_<steps>`.
+    """
+    from ..trainers.frozen_copy import independent_copy
+
     rows = [tokenize_example({"question": row["question"], "answer": row["answer"]}, tokenizer) for row in data.forget]
-    result = relearn(
-        copy.deepcopy(model), rows, pad_token_id=tokenizer.pad_token_id, config=config, description="relearning"
-    )
-    return {f"recovery_{step}": value for step, value in zip(result.steps, result.unseen, strict=True)}
+    found = {}
+    for config in attackers:
+        percent = round(100 * config.fraction)
+        result = relearn(
+            independent_copy(model),
+            rows,
+            pad_token_id=tokenizer.pad_token_id,
+            config=config,
+            description=f"relearning from {percent}%",
+        )
+        for step, value in zip(result.steps, result.unseen, strict=True):
+            found[f"recovery_{percent}_{step}"] = value
+    return found
+
+
+def recovery_columns(rows: Sequence[BenchRow]) -> list[tuple[str, str]]:
+    """Columns for what [`recovery`] has found in any of the rows, by share shown and steps."""
+    keys = {tuple(map(int, key.split("_")[1:])) for row in rows for key in row.values if key.startswith("recovery_")}
+    return [(f"recovery_{percent}_{step}", f"{percent}% shown, {step} steps") for percent, step in sorted(keys)]
 
 
 def _row(
@@ -185,6 +199,7 @@ def write_tables(folder: Path, rows: Sequence[BenchRow]) -> None:
 def markdown(rows: Sequence[BenchRow]) -> str:
     """The rows as a Markdown table; numbers below 0.001 in scientific notation."""
     columns = [(key, title) for key, title in COLUMNS if any(key in row.values for row in rows)]
+    columns += recovery_columns(rows)
     lines = ["| method | seed | " + " | ".join(title for _, title in columns) + " |"]
     lines.append("|---|---|" + "---|" * len(columns))
     for row in rows:

@@ -30,6 +30,8 @@ class LabMethod:
             Fields of the trainer's config.
         use_retain (`bool`, *optional*, defaults to `True`):
             Whether the trainer sees the retain set at all.
+        with_general (`bool`, *optional*, defaults to `False`):
+            Whether general knowledge is part of the retain set: what noise has taken comes back only from data.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LabMethod:
     trainer: Literal["unlearning", "primal-dual", "prism"]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     use_retain: bool = True
+    with_general: bool = False
 
 
 # The lab's shared schedule, chosen on primal-dual runs (docs/benchmarks.md); a method overrides what it has to.
@@ -209,7 +212,7 @@ def run_method(
                 model,
                 args,
                 forget_dataset=data.forget,
-                retain_dataset=data.retain if method.use_retain else None,
+                retain_dataset=_retain_rows(method, data),
                 holdout_dataset=data.holdout,
                 processing_class=tokenizer,
                 peft_config=peft_config,
@@ -222,6 +225,17 @@ def run_method(
     # accelerate leaves the autocast of training around forward(); scores are taken in the weights' own precision
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return MethodRun(trainer=trainer, model=model, seconds=seconds, peak_bytes=memory.bytes)
+
+
+def _retain_rows(method: LabMethod, data: LabData) -> Any:
+    if not method.use_retain:
+        return None
+    if not method.with_general:
+        return data.retain
+    from datasets import concatenate_datasets
+
+    parts = (data.retain, *data.general.values())
+    return concatenate_datasets([part.select_columns(["question", "answer"]) for part in parts])
 
 
 def _printer() -> Any:

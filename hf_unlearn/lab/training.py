@@ -127,6 +127,7 @@ def sft(
         trainer.train()
         # accelerate leaves the autocast of training around forward(): bf16 values would meet a float32 cache
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        vars(trained).pop("forward", None)  # TRL's, which computes its loss; copies would share the weights in it
     return trained.eval()
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf_unlearn.lab import bench, quickstart
+from hf_unlearn.attacks import RelearnConfig
+from hf_unlearn.lab import bench, methods, quickstart
 from hf_unlearn.lab.methods import LabMethod, method_by_name
-from hf_unlearn.lab.recipe import LabRecipe
+from hf_unlearn.lab.recipe import LabData, LabRecipe
 from hf_unlearn.lab.world import make_world, world_data
 
 TINY = LabRecipe(vocab_size=500, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, epochs=2)
@@ -79,7 +81,7 @@ def test_an_unwritable_output_is_found_before_training(tmp_path: Path, monkeypat
 
 def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = world_data(make_world(0, num_authors=10, questions_per_author=4))
-    methods = [
+    compared = [
         LabMethod(
             name=name, label=name, trainer=method_by_name(name).trainer, arguments={**extra, **SHORT}, use_retain=r
         )
@@ -90,7 +92,9 @@ def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
     ]
     lines: list[str] = []
-    rows = bench.run_bench(data, methods, tmp_path, recipe=TINY, max_new_tokens=8, report=lines.append)
+    options: dict[str, Any] = {"recipe": TINY, "max_new_tokens": 8, "report": lines.append}
+    options["relearning"] = [RelearnConfig(fraction=share, steps=(0, 2), batch_size=4) for share in (0.5, 0.25)]
+    rows = bench.run_bench(data, compared, tmp_path, **options)
     assert [row.name for row in rows] == ["target", "reference", "grad_ascent", "npo", "primal_dual"]
     assert rows[1].values["forget_quality"] == pytest.approx(1.0)
     assert rows[1].values["mia_auc"] == pytest.approx(0.5)
@@ -98,9 +102,27 @@ def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + len(rows)
     assert len({line.count("|") for line in table}) == 1
+    shown = ["25% shown, 0 steps", "25% shown, 2 steps", "50% shown, 0 steps", "50% shown, 2 steps"]
+    assert [cell.strip() for cell in table[0].split("|")][-5:-1] == shown
+    assert [key for key in rows[0].values if key.startswith("recovery")] == [], "the target has nothing to recover"
+    for row in rows[1:]:
+        assert 0 < row.values["recovery_25_2"] < 1
+        assert row.values["recovery_25_2"] != row.values["recovery_25_0"]
     monkeypatch.setattr(bench, "run_method", lambda *a, **k: pytest.fail("a complete run was repeated"))
-    again = bench.run_bench(data, methods, tmp_path, recipe=TINY, max_new_tokens=8, report=lines.append)
+    again = bench.run_bench(data, compared, tmp_path, **options)
     assert [row.values for row in again[2:]] == [row.values for row in rows[2:]]
+
+
+def test_general_knowledge_is_part_of_the_retain_set_where_a_method_asks_for_it() -> None:
+    data = world_data(make_world(0, num_authors=10, questions_per_author=4))
+    general = {"capitals": data.retain.select(range(3)), "rivers": data.retain.select(range(2))}
+    data = LabData(**{**data.__dict__, "general": general})
+    method = LabMethod(name="x", label="x", trainer="unlearning")
+    assert methods._retain_rows(method, data) is data.retain
+    with_general = methods._retain_rows(replace(method, with_general=True), data)
+    wanted = [data.retain[i]["question"] for i in [*range(len(data.retain)), 0, 1, 2, 0, 1]]
+    assert [row["question"] for row in with_general] == wanted
+    assert methods._retain_rows(replace(method, use_retain=False), data) is None
 
 
 def test_methods_are_found_by_name() -> None:

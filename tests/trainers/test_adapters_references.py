@@ -7,6 +7,7 @@ import torch
 from kit import (
     CHECKPOINTING,
     Recorder,
+    config,
     difference,
     logged,
     lora,
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_unlearn.lab.models import tiny_config, tiny_model
-from hf_unlearn.trainers import PrimalDualTrainer, UnlearningConfig
+from hf_unlearn.trainers import PrimalDualTrainer, UnlearningConfig, UnlearningTrainer
 
 # ---- adapters and references ---------------------------------------------------------------------------------------
 
@@ -233,3 +234,28 @@ def test_steps_do_not_depend_on_loader_workers(lab, tmp_path):
         trainer.train()
         runs.append(trainer)
     assert difference(parameters(runs[0].model), parameters(runs[1].model)) == 0
+
+
+def test_the_reference_of_a_model_that_trl_has_just_trained_is_a_copy_and_not_the_model_itself(lab, tmp_path):
+    """TRL's SFTTrainer leaves a forward on the model whose closure holds the model's own: deepcopy keeps that."""
+    from trl import SFTConfig, SFTTrainer
+
+    model = lab.model()
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=1, **quiet),
+        train_dataset=lab.retain.rename_columns({"question": "prompt", "answer": "completion"}),
+        processing_class=lab.tokenizer,
+    ).train()
+    trainer = UnlearningTrainer(
+        model,
+        config(tmp_path, retain_loss="kl", max_steps=3, learning_rate=1e-2),
+        forget_dataset=lab.forget,
+        retain_dataset=lab.retain,
+        processing_class=lab.tokenizer,
+    )
+    trainer.train()
+    divergence = logged(trainer, "loss/retain/retain")
+    assert abs(divergence[0]) < 1e-5
+    assert divergence[-1] > 1e-3, "zero if the reference moves along"
