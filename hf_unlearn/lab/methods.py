@@ -112,6 +112,33 @@ PRISM_METHODS: tuple[LabMethod, ...] = (
 )
 
 
+# One pass over the retain rows an epoch, at the rate and with the schedule of the target's own training, and every row
+# trained on: what noise has taken comes back only from there. The multiplier starts far from its limit: a low cap.
+NOISE: Mapping[str, Any] = {
+    "weight_noise": 0.6,
+    "retain_loss": "kl",
+    "retain_margin": 0.015,
+    "retain_eval_size": 0,
+    "cycle": "retain",
+    "num_train_epochs": 8,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "adam_beta2": 0.98,
+    "dual_max": 3.0,
+    "dual_warmup_epochs": 0.0,
+}
+NOISE_METHODS: tuple[LabMethod, ...] = (
+    LabMethod(
+        name="noise_distil",
+        label="primal-dual from noised weights",
+        trainer="primal-dual",
+        arguments=NOISE,
+        with_general=True,
+    ),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodRun:
     """What a run left behind: the trainer, the unlearned model, seconds of training, and peak bytes."""
@@ -134,12 +161,12 @@ class MethodRun:
 
 def method_by_name(name: str) -> LabMethod:
     """
-    One of [`METHODS`] or [`PRISM_METHODS`].
+    One of [`METHODS`], [`PRISM_METHODS`] or [`NOISE_METHODS`].
 
     Raises:
         ValueError: there is none of that name.
     """
-    known = (*METHODS, *PRISM_METHODS)
+    known = (*METHODS, *PRISM_METHODS, *NOISE_METHODS)
     for method in known:
         if method.name == name:
             return method

@@ -32,6 +32,7 @@ from .hooks import SetupCallback
 from .lifecycle import Lifecycle
 from .loss_terms import HiddenLosses, LossTerms
 from .model_setup import add_adapter, check_causal_lm, check_lengths, check_row_lengths, load_model, load_tokenizer
+from .noise import check_noise
 from .objective import HIDDEN_RETAIN, ForgetObjective, ForgetTarget
 from .preemption import STOP, Preemption
 from .reference import ReferenceModel
@@ -118,6 +119,7 @@ class UnlearningTrainer(LossTerms, Lifecycle):
         self._check_arguments(args)
         self._fresh_adapter = peft_config is not None
         model = add_adapter(model, peft_config, args)
+        check_noise(args, model)
         self.reference: ReferenceModel | None = None
         needs_reference = args.retain_loss in ("kl", *HIDDEN_RETAIN) and self.data.retain
         if self.objective.needs_reference_model or needs_reference:

@@ -46,6 +46,11 @@ class UnlearningConfig(TrainingArguments):
             How the forget gradient is decoupled from the retain gradient: `"global"` (its component along the retain
             gradient is removed, over all parameters), `"tensor"` (in each parameter tensor), `"conflict"` (global,
             only where the two oppose each other; PCGrad) or `"none"`.
+        weight_noise (`float`, *optional*, defaults to `0.0`):
+            Noise-and-distil (UNDO, arXiv 2506.06278): after calibration and before step 0 this share of every weight
+            matrix is replaced by a fresh initialisation, and training has to bring back what is to be kept. Made for
+            `retain_loss="kl"`, the whole model, `cycle="retain"` and a learning rate of pre-training; see
+            `docs/noise_and_distil.md`. 0: off.
         max_length (`int`, *optional*, defaults to `1024`):
             Longest tokenised row; longer ones are cut on the right with a warning that counts them. None: never cut.
         completion_only_loss (`bool`, *optional*):
@@ -124,6 +129,9 @@ class UnlearningConfig(TrainingArguments):
     gradient_projection: str = field(
         default="none",
         metadata={"help": "Decoupling of forget and retain gradients.", "choices": list(PROJECTIONS)},
+    )
+    weight_noise: float = field(
+        default=0.0, metadata={"help": "Share of the weights replaced by a fresh initialisation before step 0 (UNDO)."}
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest tokenised row; longer rows are cut on the right."}

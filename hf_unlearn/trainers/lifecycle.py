@@ -18,6 +18,7 @@ from .checkpoints import check_same_run, resolve_checkpoint
 from .lost_ranks import explain_lost_processes
 from .measure import measure_sums, rank_batches, row_log_probs
 from .model_card import write_model_card
+from .noise import add_weight_noise
 from .objective import ForgetTarget, level_distance
 from .saving import Saving
 from .sharding import fsdp2_units
@@ -88,6 +89,8 @@ class Lifecycle(Saving):
             if self.objective.needs_reference_logps:
                 self.reference_logps = self._cache_reference(self.model_wrapped)
             self.calibrate(self.model_wrapped)
+            if self.args.weight_noise > 0:  # a resumed run has been through it
+                add_weight_noise(self.model, self.args.weight_noise, seed=self.args.seed)
         self._is_set_up = True
 
     def _check_head(self: UnlearningTrainer, model: Any) -> None:

@@ -4,7 +4,7 @@ Before each sample the collector runs and malloc gives freed pages back: what st
 (`--as-it-comes`) the resident set also has what the allocator keeps of freed blocks, which creeps up as batches of
 changing widths fragment the heap, and cycles that wait for the collector.
 
-python tests/benchmarks/leak.py [--steps N] [--as-it-comes]
+python tests/benchmarks/leak.py [--steps N] [--as-it-comes] [--plain]
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_unlearn.data import pad_rows, prepare_dataset
 from hf_unlearn.lab.models import tiny_config, tiny_model
 from hf_unlearn.lab.tokenizer import train_tokenizer
 from hf_unlearn.lab.world import make_world
@@ -148,31 +149,51 @@ class Memory(TrainerCallback):
         return found
 
 
-def measure(steps: int = 1_000, *, as_it_comes: bool = False) -> dict[str, Slope]:
-    """Trains for `steps` after the warm-up and fits a line through each of [`SOURCES`]."""
+def _arguments(folder: str, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "max_steps": WARM_UP + steps,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "logging_steps": 10 * (WARM_UP + steps),  # every entry of the log history stays, as it should
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
+def measure(steps: int = 1_000, *, as_it_comes: bool = False, plain: bool = False) -> dict[str, Slope]:
+    """
+    Trains for `steps` after the warm-up and fits a line through each of [`SOURCES`]; `plain`: transformers' Trainer on
+    the same model and rows, as the baseline.
+    """
     world = make_world(seed=0, num_authors=10, questions_per_author=4)
     rows = world.full.select_columns(["question", "answer"])
     tokenizer = train_tokenizer((text for row in rows for text in row.values()), 600)
-    shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
+    model = tiny_model(tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128), seed=1)
     samples = Memory(steps, as_it_comes=as_it_comes)
     with tempfile.TemporaryDirectory() as folder:
+        shared = _arguments(folder, steps)
+        if plain:
+            known = prepare_dataset(rows.select(range(33)), tokenizer, name="rows", max_length=128)
+            Trainer(
+                model=model,
+                args=TrainingArguments(per_device_train_batch_size=6, remove_unused_columns=False, **shared),
+                train_dataset=known.select_columns(["input_ids", "labels"]),
+                data_collator=lambda rows: dict(pad_rows(rows, pad_token_id=tokenizer.pad_token_id)),
+                callbacks=[samples],
+            ).train()
+            return samples.slopes()
         args = PrimalDualConfig(
-            output_dir=folder,
-            max_steps=WARM_UP + steps,
             per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
             max_length=128,
-            learning_rate=1e-4,
             eval_strategy="no",
-            save_strategy="no",
             load_best_model_at_end=False,
-            logging_steps=10 * (WARM_UP + steps),  # every entry of the log history stays, as it should
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
+            **shared,
         )
         trainer = PrimalDualTrainer(
-            model=tiny_model(shape, seed=1),
+            model=model,
             args=args,
             forget_dataset=rows.select(range(10)),
             retain_dataset={"people": rows.select(range(10, 26)), "facts": rows.select(range(26, 33))},
@@ -198,5 +219,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--as-it-comes", action="store_true", help="sample without giving memory back first")
+    parser.add_argument("--plain", action="store_true", help="the baseline: transformers' Trainer")
     options = parser.parse_args()
-    print("\n".join(lines(measure(options.steps, as_it_comes=options.as_it_comes))))
+    print("\n".join(lines(measure(options.steps, as_it_comes=options.as_it_comes, plain=options.plain))))

@@ -74,6 +74,11 @@ CASES = {
             "max_grad_norm": 0.5,
         },
     ),
+    # the weights move before step 0, masters and shards too; limits and level are measured before that
+    "noise": Case(
+        primal_dual=True,
+        arguments={"weight_noise": 0.3, "optim": "sgd", "learning_rate": 0.1, "dual_lr": 1.0},
+    ),
 }
 
 # Steps from several gradients: the move of SAM is large, and both parts of PRISM are felt (tests/trainers/test_prism.py

@@ -41,6 +41,8 @@ RUNS = [
     *[("lmf", "fsdp2"), ("lora", "fsdp2"), ("npo", "fsdp2")],
     *[(case, engine) for engine in ("ddp", "zero3", "zero2", "zero1", "fsdp2") for case in ("prism", "prism-lora")],
     *[(case, "fsdp2_accelerate") for case in ("lmf", "lora", "npo", "prism", "prism-lora")],
+    *[("noise", engine) for engine in ("ddp", "zero3_sharded", "zero3", "zero2", "zero1_offload", "zero1", "fsdp2")],
+    ("noise", "fsdp2_accelerate"),
     *[("prism", "zero3_sharded"), ("prism-lora", "zero3_sharded"), ("lmf", "zero3_sharded")],
 ]
 
