@@ -117,7 +117,7 @@ PRISM_METHODS: tuple[LabMethod, ...] = (
 NOISE: Mapping[str, Any] = {
     "weight_noise": 0.6,
     "retain_loss": "kl",
-    "retain_margin": 0.015,
+    "retain_eps": 0.015,
     "retain_eval_size": 0,
     "cycle": "retain",
     "num_train_epochs": 8,

@@ -29,7 +29,17 @@ ARGUMENTS: dict[str, Any] = {
     "dual_smoothing": 0.5,
 }
 # how far a resumed run may be from a whole one
-RESUMED = {"ddp": 0.0, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5, "fsdp2_accelerate": 1e-5}
+RESUMED: dict[tuple[str, str], float] = {
+    ("lmf", "ddp"): 0.0,
+    ("lmf", "zero1"): 1e-5,
+    ("lmf", "zero2"): 1e-5,
+    ("lmf", "zero3"): 1e-5,
+    ("lmf", "fsdp2_accelerate"): 1e-5,
+    ("prism", "ddp"): 0.0,
+    ("prism", "zero2"): 1e-5,
+    ("prism", "zero3"): 1e-5,
+    ("prism", "fsdp2_accelerate"): 1e-5,
+}
 # PyTorch (2.13) cannot load a full optimizer state without a tensor in it, which plain SGD's is
 _STATEFUL = {"fsdp2_accelerate": {"optim": "adamw_torch", "learning_rate": 1e-3}}
 FULL = [
@@ -58,22 +68,27 @@ class Terminate(TrainerCallback):
             self.on_substep_end(args, state, control)
 
 
-def stop_and_resume(folder: Path, engine: str) -> None:
+def run_name(case: str, engine: str) -> str:
+    """What the files of a resumed run are called."""
+    return engine if case == "lmf" else f"{case}-{engine}"
+
+
+def stop_and_resume(folder: Path, case: str, engine: str) -> None:
     """An undisturbed run, and one that SIGTERM on rank 1 stops in step 3 and that is then resumed."""
-    rank = os.environ["RANK"]
+    rank, name = os.environ["RANK"], run_name(case, engine)
 
     def arguments() -> dict[str, Any]:
         return {**ARGUMENTS, **TWO_PROCESSES, **_STATEFUL.get(engine, {}), **engine_arguments(engine)}
 
-    whole = make_trainer(folder, "lmf", folder / f"whole-{engine}", **arguments())
+    whole = make_trainer(folder, case, folder / f"whole-{name}", **arguments())
     whole.train()
-    report(whole, folder / f"whole-{engine}-{rank}")
+    report(whole, folder / f"whole-{name}-{rank}")
     forget_engine()
 
     stopped = make_trainer(
         folder,
-        "lmf",
-        folder / f"parts-{engine}",
+        case,
+        folder / f"parts-{name}",
         callbacks=[Terminate(3)] if rank == "1" else [],
         **arguments(),
     )
@@ -82,17 +97,17 @@ def stop_and_resume(folder: Path, engine: str) -> None:
         stopped.train()
     except Preempted as exit_:
         end = {"code": exit_.code, "step": exit_.step}
-    (folder / f"stopped-{engine}-{rank}.json").write_text(json.dumps(end), encoding="utf-8")
+    (folder / f"stopped-{name}-{rank}.json").write_text(json.dumps(end), encoding="utf-8")
     forget_engine()
     if rank == "0":
-        shutil.copytree(folder / f"parts-{engine}", folder / f"stopped-{engine}")
-        (folder / f"parts-{engine}" / "checkpoint-5").mkdir()  # a later process was killed while it saved
-        (folder / f"parts-{engine}" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+        shutil.copytree(folder / f"parts-{name}", folder / f"stopped-{name}")
+        (folder / f"parts-{name}" / "checkpoint-5").mkdir()  # a later process was killed while it saved
+        (folder / f"parts-{name}" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
     torch.distributed.barrier()
 
-    resumed = make_trainer(folder, "lmf", folder / f"parts-{engine}", **arguments())
+    resumed = make_trainer(folder, case, folder / f"parts-{name}", **arguments())
     resumed.train(resume_from_checkpoint=True)
-    report(resumed, folder / f"parts-{engine}-{rank}")
+    report(resumed, folder / f"parts-{name}-{rank}")
     forget_engine()
 
 

@@ -55,8 +55,8 @@ if __name__ == "__main__":
         forget_the_backend(folder)
         for case, engine in RUNS:
             run_to_the_end(folder, case, engine)
-        for engine in RESUMED:
-            stop_and_resume(folder, engine)
+        for case, engine in RESUMED:
+            stop_and_resume(folder, case, engine)
         continue_with_two(folder)
         break_one_rank(folder)
         for engine, rank in FULL:
