@@ -6,7 +6,8 @@ All functions take the states of *one* layer, `hidden (B, T, d)`, and `mask (B, 
 count. Nothing is shifted: the state at `t` belongs to token `t`, so an attention mask or `labels != -100` fits as it
 is. Every token has one value and `count` is the number of tokens, so totals add over micro-batches and ranks. What the
 other positions hold reaches neither the loss nor a gradient. Half types are computed in float32. For several layers,
-average the outputs of the layers.
+average the outputs of the layers. `positions (N,)` are the true entries of the flattened mask, for a caller who has
+them: looking for them makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def control_vector(
     return (scale * direction / torch.linalg.vector_norm(direction)).to(device=device, dtype=dtype)
 
 
-def rmu_forget_loss(hidden: Tensor, control: Tensor, mask: Tensor) -> LossOutput:
+def rmu_forget_loss(hidden: Tensor, control: Tensor, mask: Tensor, *, positions: Tensor | None = None) -> LossOutput:
     """RMU's forget loss, `||h_t - control||_2^2 / d` for each token (arXiv 2403.03218).
 
     This is the release's `mse_loss`: a mean over the width. The paper's equation sums over the width; as the factor
@@ -72,6 +73,7 @@ def rmu_forget_loss(hidden: Tensor, control: Tensor, mask: Tensor) -> LossOutput
         hidden (`Tensor`): shape `(B, T, d)`, states of one layer on forget texts.
         control (`Tensor`): shape `(d,)`, from [`control_vector`]. Detached.
         mask (`Tensor`): shape `(B, T)`, boolean.
+        positions (`Tensor`, *optional*): as in the module's docstring.
 
     Returns:
         [`LossOutput`]: in squared units of the activations; metric `activation_norm`, the mean of `||h_t||_2`, which
@@ -81,7 +83,7 @@ def rmu_forget_loss(hidden: Tensor, control: Tensor, mask: Tensor) -> LossOutput
         TypeError: if the mask is not boolean.
         ValueError: if the shapes do not fit.
     """
-    rows, mask = _masked_rows(hidden, mask)
+    rows, mask = _masked_rows(hidden, mask, positions)
     if control.shape != hidden.shape[-1:]:
         raise ValueError(
             f"expected a control vector of shape (d,) = {tuple(hidden.shape[-1:])}, got {tuple(control.shape)}; make "
@@ -92,7 +94,9 @@ def rmu_forget_loss(hidden: Tensor, control: Tensor, mask: Tensor) -> LossOutput
     return reduce_tokens((rows - target).square().mean(dim=-1), mask, metrics={"activation_norm": norm})
 
 
-def rmu_retain_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> LossOutput:
+def rmu_retain_loss(
+    hidden: Tensor, frozen_hidden: Tensor, mask: Tensor, *, positions: Tensor | None = None
+) -> LossOutput:
     """RMU's retain loss, `||h_t - h_t,frozen||_2^2 / d` for each token (arXiv 2403.03218).
 
     Zero at the model before unlearning. The paper weighs it with `alpha`, which is the caller's retain weight: 1200
@@ -104,6 +108,7 @@ def rmu_retain_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> Loss
         hidden (`Tensor`): shape `(B, T, d)`, states of one layer on retain texts.
         frozen_hidden (`Tensor`): shape `(B, T, d)`, the same of the model before unlearning. Detached.
         mask (`Tensor`): shape `(B, T)`, boolean.
+        positions (`Tensor`, *optional*): as in the module's docstring.
 
     Returns:
         [`LossOutput`]: in squared units of the activations.
@@ -112,11 +117,13 @@ def rmu_retain_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> Loss
         TypeError: if the mask is not boolean.
         ValueError: if the shapes do not fit.
     """
-    rows, frozen, mask = _masked_pairs(hidden, frozen_hidden, mask)
+    rows, frozen, mask = _masked_pairs(hidden, frozen_hidden, mask, positions)
     return reduce_tokens((rows - frozen).square().mean(dim=-1), mask)
 
 
-def rerouting_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> LossOutput:
+def rerouting_loss(
+    hidden: Tensor, frozen_hidden: Tensor, mask: Tensor, *, positions: Tensor | None = None
+) -> LossOutput:
     """Representation rerouting, `relu(cos(h_t, h_t,frozen))` for each token (circuit breakers, arXiv 2406.04313).
 
     1 at the model before unlearning, 0 once the state is orthogonal to what it was or beyond, and then without
@@ -128,6 +135,7 @@ def rerouting_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> LossO
         hidden (`Tensor`): shape `(B, T, d)`, states of one layer on texts to break off.
         frozen_hidden (`Tensor`): shape `(B, T, d)`, the same of the model before unlearning. Detached.
         mask (`Tensor`): shape `(B, T)`, boolean.
+        positions (`Tensor`, *optional*): as in the module's docstring.
 
     Returns:
         [`LossOutput`]: without unit, in [0, 1]; metric `cosine`, the mean of the cosine, which may be negative.
@@ -136,12 +144,14 @@ def rerouting_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> LossO
         TypeError: if the mask is not boolean.
         ValueError: if the shapes do not fit.
     """
-    rows, frozen, mask = _masked_pairs(hidden, frozen_hidden, mask)
+    rows, frozen, mask = _masked_pairs(hidden, frozen_hidden, mask, positions)
     cosine = (F.normalize(rows, dim=-1) * F.normalize(frozen, dim=-1)).sum(dim=-1)
     return reduce_tokens(cosine.relu(), mask, metrics={"cosine": cosine})
 
 
-def rerouting_retain_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> LossOutput:
+def rerouting_retain_loss(
+    hidden: Tensor, frozen_hidden: Tensor, mask: Tensor, *, positions: Tensor | None = None
+) -> LossOutput:
     """The retain loss of circuit breakers, `||h_t - h_t,frozen||_2` for each token (arXiv 2406.04313).
 
     A norm and not its square: its gradient has length 1 however small the distance, and is 0 at distance 0. The
@@ -151,6 +161,7 @@ def rerouting_retain_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -
         hidden (`Tensor`): shape `(B, T, d)`, states of one layer on retain texts.
         frozen_hidden (`Tensor`): shape `(B, T, d)`, the same of the model before unlearning. Detached.
         mask (`Tensor`): shape `(B, T)`, boolean.
+        positions (`Tensor`, *optional*): as in the module's docstring.
 
     Returns:
         [`LossOutput`]: in units of the activations.
@@ -159,11 +170,11 @@ def rerouting_retain_loss(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -
         TypeError: if the mask is not boolean.
         ValueError: if the shapes do not fit.
     """
-    rows, frozen, mask = _masked_pairs(hidden, frozen_hidden, mask)
+    rows, frozen, mask = _masked_pairs(hidden, frozen_hidden, mask, positions)
     return reduce_tokens(torch.linalg.vector_norm(rows - frozen, dim=-1), mask)
 
 
-def _masked_rows(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _masked_rows(hidden: Tensor, mask: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """The states `(N, d)` under the mask, never in half, and the mask on their device."""
     if mask.dtype != torch.bool:
         # -100 and 0.3 are true as well: labels and weights would pass for masks.
@@ -174,21 +185,24 @@ def _masked_rows(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(mask.shape)}; pass the states of one layer and the mask without shifting"
         )
     mask = mask.to(hidden.device)
-    return upcast(_gather(hidden, mask)), mask
+    return upcast(_gather(hidden, mask, positions)), mask
 
 
-def _masked_pairs(hidden: Tensor, frozen_hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _masked_pairs(
+    hidden: Tensor, frozen_hidden: Tensor, mask: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """As [`_masked_rows`], with the detached states `(N, d)` of the frozen model in the middle."""
     if frozen_hidden.shape != hidden.shape:
         raise ValueError(
             f"the frozen hidden states have shape {tuple(frozen_hidden.shape)}, the hidden states "
             f"{tuple(hidden.shape)}; both must come from the same batch and layer"
         )
-    rows, mask = _masked_rows(hidden, mask)
-    frozen = _gather(frozen_hidden.detach(), mask.to(frozen_hidden.device))
+    rows, mask = _masked_rows(hidden, mask, positions)
+    frozen = _gather(frozen_hidden.detach(), mask.to(frozen_hidden.device), positions)
     return rows, frozen.to(rows), mask  # device and type
 
 
-def _gather(states: Tensor, mask: Tensor) -> Tensor:
+def _gather(states: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
     """Rows `(N, d)` at the true entries of the mask: positions without value get a gradient of exactly zero."""
-    return states.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(-1))
+    index = mask.flatten().nonzero().squeeze(-1) if positions is None else positions.to(states.device)
+    return states.flatten(0, 1).index_select(0, index)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 States = dict[Layer, list[Tensor]]
 """Hidden states `(B_i, T_i, d)` of each part of a batch, by layer."""
-_RETAIN: dict[str, Callable[[Tensor, Tensor, Tensor], LossOutput]] = {
+_RETAIN: dict[str, Callable[..., LossOutput]] = {
     "rmu": rmu_retain_loss,
     "rerouting": rerouting_retain_loss,
 }
@@ -80,16 +80,18 @@ class HiddenLosses:
         scale, seed = float(objective.kwargs.get("scale", 6.5)), int(objective.kwargs.get("seed", 0))
         return cls(layers=found, control=control_vector(width, scale=scale, seed=seed))
 
-    def forget(self, states: States, frozen: States, labels: Tensor) -> LossOutput:
+    def forget(self, states: States, frozen: States, rows: Mapping[str, Tensor]) -> LossOutput:
         """The forget loss of part 0, at its response tokens."""
+        at = _tokens(rows)
         if self.control is not None:
             control = self.control
-            return _mean([rmu_forget_loss(states[k][0], control, _tokens(labels)) for k in self.layers])
-        return _mean([rerouting_loss(states[k][0], frozen[k][0], _tokens(labels)) for k in self.layers])
+            return _mean([rmu_forget_loss(states[k][0], control, **at) for k in self.layers])
+        return _mean([rerouting_loss(states[k][0], frozen[k][0], **at) for k in self.layers])
 
-    def retain(self, name: str, part: int, states: States, frozen: States, labels: Tensor) -> LossOutput:
+    def retain(self, name: str, part: int, states: States, frozen: States, rows: Mapping[str, Tensor]) -> LossOutput:
         """The retain loss of a part, at its response tokens."""
-        return _mean([_RETAIN[name](states[k][part], frozen[k][part], _tokens(labels)) for k in self.layers])
+        at = _tokens(rows)
+        return _mean([_RETAIN[name](states[k][part], frozen[k][part], **at) for k in self.layers])
 
 
 class LossTerms(Trainer):
@@ -137,7 +139,7 @@ class LossTerms(Trainer):
             ref_alternative_logps=self._cached("alternative", forget, answers),
         )
         if self.hidden is not None:
-            term = self.hidden.forget(states, frozen, forget["labels"])
+            term = self.hidden.forget(states, frozen, forget)
         elif self.target is not None:
             term = targeted_forget_loss(self.objective, batch, self.target, self.normalizer)
         else:
@@ -186,7 +188,7 @@ class LossTerms(Trainer):
         name = self.args.retain_loss
         if name in HIDDEN_RETAIN:
             assert self.hidden is not None
-            return self.hidden.retain(name, number, states, frozen, part["labels"])
+            return self.hidden.retain(name, number, states, frozen, part)
         return retain_loss(name, scores[number], ref[number])
 
     def _cached(self: UnlearningTrainer, kind: str, forget: Mapping[str, Tensor], like: Scores) -> Tensor | None:
@@ -213,10 +215,14 @@ def split_states(taken: Mapping[Layer, Tensor], parts: Sequence[Mapping[str, Any
     }
 
 
-def _tokens(labels: Tensor) -> Tensor:
-    """Response tokens `(B, T)` as the accounting counts them: a label in the first column is never predicted."""
-    mask = labels != IGNORE_INDEX
-    return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
+def _tokens(rows: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Mask and positions of the response tokens as they are counted: a label in the first column is never predicted."""
+    mask = rows["labels"] != IGNORE_INDEX
+    ahead = rows.get("response_positions")  # where the logits are that predict the tokens
+    return {
+        "mask": torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1),
+        "positions": None if ahead is None else ahead + 1,
+    }
 
 
 def _mean(outputs: Sequence[LossOutput]) -> LossOutput:

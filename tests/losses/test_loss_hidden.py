@@ -378,3 +378,21 @@ def test_a_control_vector_that_would_broadcast_is_refused() -> None:
     for control in (torch.zeros(1), torch.zeros(1, 1, 4), torch.tensor(0.0)):
         with pytest.raises(ValueError, match="expected a control vector of shape"):
             rmu_forget_loss(hidden, control, mask)
+
+
+@pytest.mark.parametrize("loss", [rmu_forget_loss, rmu_retain_loss, rerouting_loss, rerouting_retain_loss])
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["half", "empty"])
+def test_positions_that_are_given_are_those_of_the_mask(loss: Callable[..., LossOutput], share: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(3, 7, generator=generator) < share
+    hidden, frozen = torch.randn(2, 3, 7, 5, generator=generator, dtype=torch.float64)
+    other = control_vector(5, scale=2.0, seed=1) if loss is rmu_forget_loss else frozen
+    found = []
+    for positions in (None, mask.flatten().nonzero().squeeze(-1)):
+        states = hidden.clone().requires_grad_(True)
+        output = loss(states, other, mask, positions=positions)
+        output.loss.backward()
+        assert states.grad is not None
+        found.append(torch.cat([output.loss.detach()[None], output.count[None], states.grad.flatten()]))
+    assert torch.equal(found[0], found[1])
+    assert found[0][1] == mask.sum()

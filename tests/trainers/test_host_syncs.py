@@ -34,12 +34,17 @@ CASES = {
     "simnpo": partial(unlearning, forget_loss="simnpo"),
     "dpo": partial(unlearning, forget_loss="dpo"),
     "idk_nll": partial(unlearning, forget_loss="idk_nll"),
+    "rmu, no reference": partial(unlearning, forget_loss="rmu", forget_loss_kwargs={"layers": [1]}),
 }
 # These run the reference model beside the trained one in every micro-batch.
 WITH_REFERENCE = {
     "undial": partial(unlearning, forget_loss="undial"),
     "kl": partial(unlearning, forget_loss="npo", retain_loss="kl"),
     "kl, primal-dual": partial(primal_dual, retain_loss="kl", retain_eps=0.1),
+    "rmu": partial(unlearning, forget_loss="rmu", forget_loss_kwargs={"layers": [1]}, retain_loss="rmu"),
+    "rerouting": partial(
+        unlearning, forget_loss="rerouting", forget_loss_kwargs={"layers": [1, 2]}, retain_loss="rerouting"
+    ),
 }
 
 
