@@ -216,7 +216,7 @@ def split_states(taken: Mapping[Layer, Tensor], parts: Sequence[Mapping[str, Any
 
 
 def _tokens(rows: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Mask and positions of the response tokens as they are counted: a label in the first column is never predicted."""
+    """Mask and positions of response tokens as they are counted: a label in the first column is never predicted."""
     mask = rows["labels"] != IGNORE_INDEX
     ahead = rows.get("response_positions")  # where the logits are that predict the tokens
     return {
