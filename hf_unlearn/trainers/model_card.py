@@ -71,6 +71,7 @@ def write_model_card(
         retain_loss=args.retain_loss,
         settings=_settings(trainer),
         feasibility=feasibility,
+        held_out=args.retain_eval_size > 0,
         all_feasible=all(row["feasible"] for row in feasibility or []),
         results_table=results_table,
         versions=_versions(),
@@ -106,6 +107,8 @@ def _settings(trainer: UnlearningTrainer) -> dict[str, Any]:
         * args.gradient_accumulation_steps,
         "Seed": args.seed,
     }
+    if args.weight_noise > 0:
+        settings["Share of the weights replaced by noise before training"] = args.weight_noise
     if args.sam_rho > 0:
         settings["SAM radius"] = args.sam_rho
     if args.gradient_projection != "none":

@@ -144,3 +144,20 @@ def test_rows_that_are_held_out_of_training_are_warned_of(lab, tmp_path, caplog,
             processing_class=lab.tokenizer,
         )
         assert ("what only they say will be gone" in caplog.text) == warned
+
+
+def test_the_card_names_the_noise_and_says_which_rows_the_limits_were_measured_on(lab, tmp_path) -> None:
+    for size, wanted in ((0, "also trained on during unlearning"), (4, "held out of unlearning")):
+        trainer = PrimalDualTrainer(
+            lab.model(trained=True),
+            pd_config(tmp_path, max_steps=1, weight_noise=0.3, retain_eval_size=size),
+            forget_dataset=lab.forget,
+            retain_dataset=lab.retain,
+            holdout_dataset=lab.holdout,
+            processing_class=lab.tokenizer,
+        )
+        trainer.train()
+        trainer.create_model_card()
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert "| Share of the weights replaced by noise before training | 0.3 |" in card
+        assert f"measured on retain rows that were {wanted}." in card
