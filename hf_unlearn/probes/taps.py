@@ -80,6 +80,17 @@ def num_layers(model: nn.Module) -> int:
     return len(_blocks(model))
 
 
+def block(model: nn.Module, layer: int) -> nn.Module:
+    """
+    The block whose output layer `layer` is.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: no such block.
+    """
+    return _module_of(model, _position(layer, num_layers(model)), _blocks(model))
+
+
 def resolve_layer(model: nn.Module, layer: Layer) -> Layer:
     """
     The layer in its one spelling: a number from 1 to n, or the module path as it is.
