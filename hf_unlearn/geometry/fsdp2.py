@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from .space import ParameterSpace, Vector
 
 
+def fsdp2_units(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was applied to, the model itself too; it changes them in place."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 class Fsdp2Space(ParameterSpace):
     """
     Parameters of a model that `fully_shard` has sharded: each rank holds a `DTensor`'s local piece.
@@ -25,9 +32,7 @@ class Fsdp2Space(ParameterSpace):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        self.modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.modules = fsdp2_units(model)
         if not self.modules:
             raise ValueError("No module of the model is sharded by fully_shard; expected an FSDP2 model.")
         self._reshard()  # the parameters of a gathered module are other objects

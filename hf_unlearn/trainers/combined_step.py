@@ -19,9 +19,9 @@ from ..geometry import (
     ascended,
     check_felt,
     combine,
+    fsdp2_units,
 )
 from .accounting import ASCENDED, FORGET, retain_key
-from .sharding import fsdp2_units
 
 if TYPE_CHECKING:
     from .base import UnlearningTrainer

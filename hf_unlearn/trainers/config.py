@@ -213,6 +213,10 @@ class UnlearningConfig(TrainingArguments):
     def _check_combination(self) -> None:
         if not 0 <= self.sam_rho < float("inf"):
             raise ValueError(f"sam_rho is {self.sam_rho}; expected a positive length, or 0 for no SAM.")
+        if not 0 <= self.weight_noise <= 1:
+            raise ValueError(
+                f"weight_noise is {self.weight_noise}; expected a share between 0 (off) and 1 (a fresh model)."
+            )
         if self.combines_gradients and self.fp16:
             raise ValueError(
                 "sam_rho and gradient_projection combine gradients, and fp16 scales each of them until it overflows. "

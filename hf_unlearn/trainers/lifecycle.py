@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerControl
 
+from ..geometry import fsdp2_units
 from ..losses import IGNORE_INDEX
 from .accounting import ASCENDED, FORGET, FORGET_NLL, FORGET_SEQUENCES, count_units, response_tokens, retain_key
 from .checkpoints import check_same_run, resolve_checkpoint
@@ -21,7 +22,6 @@ from .model_card import write_model_card
 from .noise import add_weight_noise
 from .objective import ForgetTarget, level_distance
 from .saving import Saving
-from .sharding import fsdp2_units
 from .state import load_method_state
 
 if TYPE_CHECKING:

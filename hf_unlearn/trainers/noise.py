@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..geometry import fsdp2_units
 from .model_setup import is_peft_model
-from .sharding import fsdp2_units
 
 if TYPE_CHECKING:
     from .config import UnlearningConfig
@@ -26,12 +26,9 @@ def check_noise(args: UnlearningConfig, model: Any) -> None:
     Refuses noise that cannot do what it is for, and warns of retain rows that would not be brought back.
 
     Raises:
-        ValueError: a share outside of [0, 1], an adapter (the base under it keeps what is to be forgotten), or frozen
-            weights.
+        ValueError: an adapter (the base under it keeps what is to be forgotten), or frozen weights.
     """
     share = args.weight_noise
-    if not 0 <= share <= 1:
-        raise ValueError(f"weight_noise is {share}; expected a share between 0 (off) and 1 (a fresh model).")
     if share == 0:
         return
     if is_peft_model(model):

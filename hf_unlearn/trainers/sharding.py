@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..geometry import fsdp2_units
+
 _held: set[int] = set()  # ds_ids within a context of ours; DeepSpeed refuses to gather them a second time
 
 
@@ -39,13 +41,6 @@ def is_collective(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def fsdp2_units(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was applied to; it changes them in place."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 def unshard(model: Any, module: nn.Module) -> None:
     """
     Under FSDP2, gathers the weights of `module` again where they have been put away: those of the unit it belongs to,
@@ -59,11 +54,10 @@ def unshard(model: Any, module: nn.Module) -> None:
 
 def _units(model: nn.Module, module: nn.Module) -> list[Any]:
     """The FSDP2 units that hold the parameters of `module`."""
-    from torch.distributed.fsdp import FSDPModule
-
-    inside = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    units = fsdp2_units(model)
+    inside = [part for part in module.modules() if part in units]
     path = next(name for name, part in model.named_modules() if part is module)
     names = path.split(".") if path else []
     above = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names), -1, -1)]
-    nearest = next((part for part in above if isinstance(part, FSDPModule)), None)
+    nearest = next((part for part in above if part in units), None)
     return inside if nearest is None or nearest in inside else [*inside, nearest]
