@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..probes.taps import block, resolve_layer
+from ..probes.taps import base_model, block, resolve_layer
 
 # By family: Llama, Qwen, Mistral, Gemma, Phi-3; GPT-2; GPT-NeoX; Phi; OPT.
 _PATHS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "fc2")
@@ -85,12 +85,7 @@ def _submodule(inside: nn.Module, path: str) -> nn.Module | None:
 
 def _whole_path(model: nn.Module, inside: nn.Module, path: str) -> str:
     """Path from the base model's root: what PEFT's `target_modules` and a saved plan name it by."""
-    inner: Any = model
-    while isinstance(getattr(inner, "module", None), nn.Module):  # engines
-        inner = inner.module
-    get_base_model = getattr(inner, "get_base_model", None)
-    base = get_base_model() if callable(get_base_model) else inner
-    prefix = next(name for name, module in base.named_modules() if module is inside)
+    prefix = next(name for name, module in base_model(model).named_modules() if module is inside)
     return f"{prefix}.{path}"
 
 

@@ -174,7 +174,7 @@ def _without_engine(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The decoder with its head, without engine and PEFT."""
     model = _without_engine(model)
     get_base_model = getattr(model, "get_base_model", None)
@@ -196,7 +196,7 @@ def _module_of(model: nn.Module, layer: Layer, blocks: nn.ModuleList | None) -> 
     if not isinstance(layer, str):
         assert blocks is not None
         return blocks[_position(layer, len(blocks)) - 1]
-    base = _base_model(model)
+    base = base_model(model)
     try:
         return base.get_submodule(layer)
     except AttributeError:
@@ -208,7 +208,7 @@ def _module_of(model: nn.Module, layer: Layer, blocks: nn.ModuleList | None) -> 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder's list of blocks: as long as its config says, and inside of no other such list."""
-    base: Any = _base_model(model)
+    base: Any = base_model(model)
     config: Any = getattr(base, "config", None)
     # the text part of a model with several
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
