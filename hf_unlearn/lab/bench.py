@@ -145,7 +145,7 @@ def recovery(model: Any, tokenizer: Any, data: LabData, attackers: Sequence[Rele
     rows = [tokenize_example({"question": row["question"], "answer": row["answer"]}, tokenizer) for row in data.forget]
     found = {}
     for config in attackers:
-        percent = round(100 * config.fraction)
+        percent = f"{100 * config.fraction:g}"
         result = relearn(
             independent_copy(model),
             rows,
@@ -160,8 +160,9 @@ def recovery(model: Any, tokenizer: Any, data: LabData, attackers: Sequence[Rele
 
 def recovery_columns(rows: Sequence[BenchRow]) -> list[tuple[str, str]]:
     """Columns for what [`recovery`] has found in any of the rows, by share shown and steps."""
-    keys = {tuple(map(int, key.split("_")[1:])) for row in rows for key in row.values if key.startswith("recovery_")}
-    return [(f"recovery_{percent}_{step}", f"{percent}% shown, {step} steps") for percent, step in sorted(keys)]
+    keys = {tuple(key.split("_")[1:]) for row in rows for key in row.values if key.startswith("recovery_")}
+    ordered = sorted(keys, key=lambda key: (float(key[0]), int(key[1])))
+    return [(f"recovery_{percent}_{step}", f"{percent}% shown, {step} steps") for percent, step in ordered]
 
 
 def _row(
