@@ -9,6 +9,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from hf_unlearn.editing import Kind
+
 
 @dataclass(frozen=True)
 class Small:
@@ -16,7 +18,7 @@ class Small:
     inputs: Tensor
     concepts: Tensor
     eps: float
-    kind: str = "ball"
+    kind: Kind = "ball"
 
     @property
     def outputs(self) -> Tensor:
@@ -37,7 +39,7 @@ class Small:
         return int((self.margins(torch.zeros_like(self.weight)) < 0).sum())
 
 
-def make(seed: int, n_act: int, m: int, d: int, n_con: int, *, factor: float = 1.05, kind: str = "ball") -> Small:
+def make(seed: int, n_act: int, m: int, d: int, n_con: int, *, factor: float = 1.05, kind: Kind = "ball") -> Small:
     """eps is `factor` times the median distance (ball), or a low quantile of w^T o (half-space)."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(d, m, generator=g, dtype=torch.float64) / m**0.5

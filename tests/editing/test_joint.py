@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from small import Small, cost_of, dense_metric, make, random_starts, slsqp
 
-from hf_unlearn.editing import Certificate, Edit, solve_pcr
+from hf_unlearn.editing import Certificate, Edit, Kind, solve_pcr
 from hf_unlearn.editing.joint import solve_joint
 from hf_unlearn.editing.problem import reduce_problem
 from hf_unlearn.editing.solution import kkt_residual
@@ -17,8 +18,8 @@ from hf_unlearn.editing.starts import apart_start
 SHAPES = [(1, 5, 6, 4), (4, 5, 3, 4), (6, 20, 3, 3), (12, 20, 30, 9), (15, 10, 8, 12)]
 
 
-def solve(small: Small, **kwargs: object) -> Edit:
-    return solve_pcr(small.inputs, small.outputs, small.concepts, small.eps, kind=small.kind, **kwargs)  # type: ignore[arg-type]  # options by name
+def solve(small: Small, **kwargs: Any) -> Edit:
+    return solve_pcr(small.inputs, small.outputs, small.concepts, small.eps, kind=small.kind, **kwargs)
 
 
 def objective(proof: Certificate) -> float:
@@ -28,7 +29,7 @@ def objective(proof: Certificate) -> float:
 @pytest.mark.parametrize("kind", ["ball", "half_space"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_edit_holds_by_a_real_product_and_costs_what_it_says(seed: int, shape: tuple[int, ...], kind: str) -> None:
+def test_edit_holds_by_a_real_product_and_costs_what_it_says(seed: int, shape: tuple[int, ...], kind: Kind) -> None:
     small = make(seed, *shape, kind=kind)
     retain = torch.randn(9, shape[1], generator=torch.Generator().manual_seed(seed)).double()
     for kept in (None, retain):
@@ -49,7 +50,7 @@ def test_edit_holds_by_a_real_product_and_costs_what_it_says(seed: int, shape: t
 
 @pytest.mark.parametrize("kind", ["ball", "half_space"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_joint_costs_at_most_what_the_greedy_solver_spends(shape: tuple[int, ...], kind: str) -> None:
+def test_joint_costs_at_most_what_the_greedy_solver_spends(shape: tuple[int, ...], kind: Kind) -> None:
     costs = []
     for seed in range(3):
         small = make(seed, *shape, kind=kind)
@@ -111,7 +112,7 @@ def test_more_rounds_lower_the_cost() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ball", "half_space"])
-def test_order_and_duplicates_do_not_matter(kind: str) -> None:
+def test_order_and_duplicates_do_not_matter(kind: Kind) -> None:
     small = make(3, 8, 12, 10, 6, kind=kind)
     plain = solve(small).delta()
     g = torch.Generator().manual_seed(0)
@@ -132,13 +133,13 @@ def test_order_and_duplicates_do_not_matter(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ball", "half_space"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_second_solve_returns_nothing(kind: str, dtype: torch.dtype) -> None:
+def test_a_second_solve_returns_nothing(kind: Kind, dtype: torch.dtype) -> None:
     for seed in range(5):
         small = make(seed, 12, 40, 30, 9, kind=kind)
         inputs, outputs, concepts = (t.to(dtype) for t in (small.inputs, small.outputs, small.concepts))
-        first = solve_pcr(inputs, outputs, concepts, small.eps, kind=kind)  # type: ignore[arg-type]  # parametrised
+        first = solve_pcr(inputs, outputs, concepts, small.eps, kind=kind)
         edited = outputs + (inputs @ first.lora_a.T) @ first.lora_b.T
-        second = solve_pcr(inputs, edited, concepts, small.eps, kind=kind)  # type: ignore[arg-type]  # parametrised
+        second = solve_pcr(inputs, edited, concepts, small.eps, kind=kind)
         assert first.certificate.rank > 0
         assert second.certificate.rank == 0
         assert second.certificate.cost == 0.0
@@ -193,7 +194,7 @@ def test_kkt_residual_sees_wrong_multipliers_and_wrong_edits() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ball", "half_space"])
-def test_a_soft_margin_trades_cost_for_slack(kind: str) -> None:
+def test_a_soft_margin_trades_cost_for_slack(kind: Kind) -> None:
     small = make(1, 10, 12, 8, 6, kind=kind)
     hard = solve(small).certificate
     costs = []
