@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import Small, make
 
-from hf_unlearn.editing import Edit, solve_pcr
+from hf_unlearn.editing import Edit, Kind, solve_pcr
 
 D = torch.float64
 
@@ -219,3 +219,45 @@ def test_solvers_need_torch_only() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["ball", "half_space"])
+@pytest.mark.parametrize("solver", ["joint", "greedy"])
+def test_a_level_for_each_pair_binds_that_pair_alone(kind: Kind, solver: Any) -> None:
+    small = make(2, 6, 14, 10, 4, kind=kind)
+    whole = solve_pcr(small.inputs, small.outputs, small.concepts, small.eps, kind=kind, solver=solver)
+    same = torch.full((6, 4), small.eps, dtype=torch.float64)
+    again = solve_pcr(small.inputs, small.outputs, small.concepts, same, kind=kind, solver=solver)
+    assert torch.equal(whole.delta(), again.delta())
+
+    free = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    levels = torch.where(free, 0.0 if kind == "ball" else torch.inf, same)
+    some = solve_pcr(small.inputs, small.outputs, small.concepts, levels, kind=kind, solver=solver)
+    margins = small.margins(some.delta())
+    assert some.certificate.feasible
+    assert float(margins[~free].min()) >= 0
+    if solver == "joint":
+        assert some.certificate.cost < whole.certificate.cost
+        assert some.certificate.kkt_residual < 1e-4
+        alone = [  # a pair at a time costs no more than all together
+            solve_pcr(small.inputs[[j]], small.outputs[[j]], small.concepts[[i]], small.eps, kind=kind)
+            for j, i in (~free).nonzero().tolist()
+        ]
+        assert max(edit.certificate.cost for edit in alone) <= some.certificate.cost * (1 + 1e-9)
+    nothing = solve_pcr(
+        small.inputs,
+        small.outputs,
+        small.concepts,
+        torch.full((6, 4), 0.0 if kind == "ball" else torch.inf),
+        kind=kind,
+        solver=solver,
+    )
+    assert nothing.certificate.rank == 0
+
+
+def test_a_level_that_leaves_a_pair_free_is_for_half_spaces() -> None:
+    small = make(0, 3, 6, 5, 2)
+    with pytest.raises(ValueError, match="expected eps to be finite"):
+        solve_pcr(small.inputs, small.outputs, small.concepts, torch.full((3, 2), torch.inf))
+    with pytest.raises(ValueError, match=r"\(n,\) = \(2,\) or \(N, n\) = \(3, 2\), got \(2, 3\)"):
+        solve_pcr(small.inputs, small.outputs, small.concepts, torch.ones(2, 3))

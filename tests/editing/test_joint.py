@@ -10,10 +10,10 @@ import torch
 from small import Small, cost_of, dense_metric, make, random_starts, slsqp
 
 from hf_unlearn.editing import Certificate, Edit, Kind, solve_pcr
-from hf_unlearn.editing.joint import solve_joint
-from hf_unlearn.editing.problem import reduce_problem
-from hf_unlearn.editing.solution import kkt_residual
-from hf_unlearn.editing.starts import apart_start
+from hf_unlearn.editing.algebra.joint import solve_joint
+from hf_unlearn.editing.algebra.problem import reduce_problem
+from hf_unlearn.editing.algebra.solution import kkt_residual
+from hf_unlearn.editing.algebra.starts import apart_start
 
 SHAPES = [(1, 5, 6, 4), (4, 5, 3, 4), (6, 20, 3, 3), (12, 20, 30, 9), (15, 10, 8, 12)]
 

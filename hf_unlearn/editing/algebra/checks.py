@@ -40,7 +40,7 @@ def check_matrix(name: str, value: Tensor, shape: str, width: int | None = None,
 def check_problem(
     inputs: Tensor, outputs: Tensor, concepts: Tensor, retain_inputs: Tensor | None, kind: Kind, eps: float | Tensor
 ) -> Tensor:
-    """`eps` as a float64 tensor `(n,)` on the CPU, after all tensors have been checked against each other."""
+    """`eps` as a float64 tensor `(N, n)` on the CPU, after all tensors have been checked against each other."""
     if kind not in KINDS:
         raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {kind!r}.")
     check_matrix("inputs", inputs, "(N, m)")
@@ -49,15 +49,19 @@ def check_problem(
     if retain_inputs is not None:
         check_matrix("retain_inputs", retain_inputs, "(T, m)", width=inputs.shape[1])
     wanted = torch.as_tensor(eps, dtype=torch.float64, device="cpu").detach()  # not through float32
-    if wanted.dim() == 0:
-        wanted = wanted.expand(len(concepts)).clone()
-    if wanted.shape != (len(concepts),):
+    shape = (len(inputs), len(concepts))
+    if wanted.shape not in ((), shape[1:], shape):
         raise ValueError(
-            f"expected eps to be a number or a tensor of shape (n,) = ({len(concepts)},), got {tuple(wanted.shape)}; "
-            "give one value for each concept."
+            f"expected eps to be a number or a tensor of shape (n,) = ({len(concepts)},) or (N, n) = {shape}, got "
+            f"{tuple(wanted.shape)}; give one value for each concept, or for each pair."
         )
-    if not bool(torch.isfinite(wanted).all()):
-        raise ValueError(f"expected eps to be finite, got {wanted.tolist()}.")
+    wanted = wanted.expand(shape).clone()
+    unbound = wanted == math.inf
+    if bool(torch.isnan(wanted).any() | torch.isneginf(wanted).any() | (unbound.any() & (kind == "ball"))):
+        raise ValueError(
+            f"expected eps to be finite (or inf for pairs of kind='half_space' that are not constrained), got "
+            f"{eps.tolist() if isinstance(eps, Tensor) else eps}."
+        )
     if kind == "ball" and bool((wanted < 0).any()):
         raise ValueError(
             f"expected eps to be a distance, 0 or more, got {float(wanted.min())}; only kind='half_space' takes "

@@ -44,7 +44,7 @@ def solve_pcr(
     concepts: Tensor,
     eps: float | Tensor,
     *,
-    retain_inputs: Tensor | None = None,
+    retain_inputs: Tensor | Metric | None = None,
     ridge: float = 0.01,
     solver: Solver = "joint",
     kind: Kind = "ball",
@@ -68,8 +68,10 @@ def solve_pcr(
         inputs (`Tensor`): h, the inputs of W at the constrained positions, shape `(N, m)`.
         outputs (`Tensor`): `W h`, shape `(N, d)`.
         concepts (`Tensor`): points c (ball) or directions w (half-space), shape `(n, d)`.
-        eps (`float` or `Tensor`): distances in the units of the output, or levels of `w^T o`; shape `(n,)`.
-        retain_inputs (`Tensor`, *optional*): inputs whose outputs should stay, shape `(T, m)`.
+        eps (`float` or `Tensor`): distances in the units of the output, or levels of `w^T o`; a number, shape `(n,)`,
+            or `(N, n)` with a value for each pair. A distance of 0 or a level of inf leaves a pair free.
+        retain_inputs (`Tensor` or [`Metric`], *optional*): inputs whose outputs should stay, shape `(T, m)`; or what
+            [`Metric.from_retain`] has made of them, where several problems share them.
         ridge (`float`, *optional*, defaults to 0.01): l as a share of the mean diagonal of the retain second moment.
         solver (`str`, *optional*, defaults to `"joint"`): `"greedy"` is the paper's, a baseline.
         kind (`str`, *optional*, defaults to `"ball"`): `"ball"` or `"half_space"`.
@@ -93,11 +95,13 @@ def solve_pcr(
         raise ValueError(f"expected solver to be 'joint' or 'greedy', got {solver!r}.")
     if solver == "greedy" and soft_margin is not None:
         raise ValueError("expected no soft_margin with solver='greedy', which has no multipliers; use solver='joint'.")
-    wanted = check_problem(inputs, outputs, concepts, retain_inputs, kind, eps)
+    made = retain_inputs if isinstance(retain_inputs, Metric) else None
+    rows = retain_inputs.retain if isinstance(retain_inputs, Metric) else retain_inputs
+    wanted = check_problem(inputs, outputs, concepts, rows, kind, eps)
     check_options(ridge, soft_margin, max_rounds, tolerance)
     dtype = torch.float32 if inputs.dtype in _HALF else inputs.dtype
     h, o, c = (tensor.detach().cpu().double() for tensor in (inputs, outputs, concepts))
-    metric = Metric.identity() if retain_inputs is None else Metric.from_retain(retain_inputs, ridge)
+    metric = made or (Metric.identity() if rows is None else Metric.from_retain(rows, ridge))
     solved = metric.solve(h)
     gram = h @ solved.T
     problem = reduce_problem((gram + gram.T) / 2.0, o, c, wanted, kind=kind, rounding=torch.finfo(dtype).eps)

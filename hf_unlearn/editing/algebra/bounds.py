@@ -54,7 +54,7 @@ def ball_bound(
     values, vectors = torch.linalg.eigh(root[:, None] * problem.gram[which][:, which] * root)
     values = values.clamp(min=0.0)
     energies = (vectors.T @ (sides / root[:, None])).square().sum(1)
-    eps, squares = problem.eps[columns], r.square().sum(1)
+    eps, squares = problem.eps[rows, columns], r.square().sum(1)
     if tight:
         eps = eps + problem.aim[rows, columns]
 

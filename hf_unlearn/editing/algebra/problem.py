@@ -31,7 +31,7 @@ class Problem:
     concepts: Tensor
     """shape `(n, p)`."""
     eps: Tensor
-    """shape `(n,)`."""
+    """shape `(N, n)`; infinite for a half-space that binds nobody."""
     basis: Tensor | None
     """Orthonormal columns `(d, p)`; None where the coordinates are those of the output itself."""
     spare: Tensor
@@ -74,7 +74,7 @@ class Problem:
         aim = self.aim[rows, columns]
         if self.kind == "half_space":
             u = -self.concepts[columns]
-            return u, -(u * self.outputs[rows]).sum(1) - self.eps[columns] + aim
+            return u, -(u * self.outputs[rows]).sum(1) - self.eps[rows, columns] + aim
         apart = self.differences(moves, rows, columns)
         norms = torch.linalg.vector_norm(apart, dim=1)
         size = (
@@ -86,7 +86,7 @@ class Problem:
         if bool(zero.any()):
             u[zero] = self.signs[rows[zero]][:, None] * self.spare
         start = self.outputs[rows] - self.concepts[columns]
-        return u, self.eps[columns] + aim - (u * start).sum(1)
+        return u, self.eps[rows, columns] + aim - (u * start).sum(1)
 
     def cost(self, sources: Tensor) -> float:
         """`1/2 tr(Delta C Delta^T)` of the edit with these sources `(N, p)`."""
@@ -95,6 +95,11 @@ class Problem:
     def slack(self, moves: Tensor) -> float:
         """Sum over all pairs of what their margins lack."""
         return float((-self.margins(moves)).clamp(min=0.0).sum())
+
+
+def finite(eps: Tensor) -> Tensor:
+    """`eps` with 0 for what binds nobody."""
+    return torch.where(torch.isfinite(eps), eps, 0.0)
 
 
 def reduce_problem(
@@ -106,19 +111,20 @@ def reduce_problem(
 
     Args:
         gram (`Tensor`): `h_j^T C^-1 h_l`, shape `(N, N)`.
-        outputs, concepts, eps (`Tensor`): shapes `(N, d)`, `(n, d)`, `(n,)`, float64.
+        outputs, concepts, eps (`Tensor`): shapes `(N, d)`, `(n, d)`, and `(N, n)` or `(n,)`, float64.
         kind (`str`): `"ball"` or `"half_space"`.
         rounding (`float`): relative rounding error of the type of the result.
     """
+    eps = eps.expand(len(outputs), len(concepts))
     outputs_size = torch.linalg.vector_norm(outputs, dim=1)
     concepts_size = torch.linalg.vector_norm(concepts, dim=1)
     if kind == "ball":
-        size = outputs_size[:, None] + concepts_size + eps.abs()
+        size = outputs_size[:, None] + concepts_size + finite(eps).abs()
         centre = concepts.mean(0)
         outputs, concepts = outputs - centre, concepts - centre
         spanning = torch.cat([concepts, outputs])
     else:
-        size = outputs_size[:, None] * concepts_size + eps.abs()
+        size = outputs_size[:, None] * concepts_size + finite(eps).abs()
         spanning = concepts
     d = outputs.shape[1]
     basis: Tensor | None = None

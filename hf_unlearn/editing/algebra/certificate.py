@@ -84,7 +84,7 @@ def measure(
 
     Args:
         lora_a, lora_b (`Tensor`): shapes `(r, m)` and `(d, r)`, as they will be used.
-        inputs, outputs, concepts, eps (`Tensor`): shapes `(N, m)`, `(N, d)`, `(n, d)`, `(n,)`, float64.
+        inputs, outputs, concepts, eps (`Tensor`): shapes `(N, m)`, `(N, d)`, `(n, d)`, `(N, n)`, float64.
         kind (`str`): of the constraints. metric ([`Metric`]): of the cost.
         slack (`Tensor`): shape `(N, n)`, what rounding may take from a margin.
         soft_margin (`float`, *optional*): the price of a unit that a margin lacks.

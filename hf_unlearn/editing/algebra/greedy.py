@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .bounds import ball_bound, half_space_bound
 from .dual import solve_dual
-from .problem import Problem
+from .problem import Problem, finite
 from .solution import Solution, zero_solution
 from .starts import single_start
 
@@ -20,7 +20,7 @@ def _multipliers(problem: Problem, sources: Tensor) -> Tensor:
     solver has none of its own. If they reproduce the edit, it is stationary.
     """
     moves = problem.gram @ sources
-    near = problem.margins(moves) <= 1e-6 * (1.0 + problem.eps.abs()) + 2.0 * problem.aim
+    near = problem.margins(moves) <= 1e-6 * (1.0 + finite(problem.eps).abs()) + 2.0 * problem.aim
     found = torch.zeros(near.shape, dtype=torch.float64)
     rows, columns = near.nonzero(as_tuple=True)
     if len(rows):
@@ -114,9 +114,9 @@ def _repair(problem: Problem, moved: Tensor, row: int, column: int) -> tuple[Ten
     """The direction `(p,)` of one repair and what the pair lacks."""
     if problem.kind == "half_space":
         w = problem.concepts[column]
-        return -w, float(w @ moved[row] - problem.eps[column] + problem.aim[row, column])
+        return -w, float(w @ moved[row] - problem.eps[row, column] + problem.aim[row, column])
     apart = moved[row] - problem.concepts[column]
     norm = float(torch.linalg.vector_norm(apart))
     size = float(torch.linalg.vector_norm(moved[row]))
     u = apart / norm if norm > 1e-13 * size else problem.spare
-    return u, float(problem.eps[column] + problem.aim[row, column]) - norm
+    return u, float(problem.eps[row, column] + problem.aim[row, column]) - norm

@@ -35,9 +35,9 @@ def single_start(problem: Problem, violated: Tensor) -> tuple[Tensor, float]:
         aside = problem.signs[row] * problem.spare if problem.has_room else None
         for _ in range(len(own)):
             differences = problem.outputs[row] - problem.concepts[own]
-            found = solve_single_activation(differences, problem.eps[own], aside=aside)
+            found = solve_single_activation(differences, problem.eps[row, own], aside=aside)
             distances = torch.linalg.vector_norm(problem.outputs[row] + found.move - problem.concepts, dim=1)
-            new = (distances < problem.eps * (1.0 - 1e-9)) & ~own
+            new = (distances < problem.eps[row] * (1.0 - 1e-9)) & ~own
             if not bool(new.any()):
                 break
             own |= new

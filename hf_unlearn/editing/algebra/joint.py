@@ -103,7 +103,7 @@ def _ahead(problem: Problem, made: _Round, working: Tensor, kappa: float | None)
     inner = (share**0.5) * (problem.gram * root) @ vectors
     gram = problem.gram + (inner / (1.0 - values)) @ inner.T
     shift = -gram @ (share * twice[:, None] * made.moves)
-    wanted = (problem.eps[columns] + problem.aim[rows, columns]).square() - norms.square()
+    wanted = (problem.eps[rows, columns] + problem.aim[rows, columns]).square() - norms.square()
     beta = wanted / (2.0 * norms) + (u * (made.moves - shift)[rows]).sum(1)
     upper = None if kappa is None else torch.full_like(beta, kappa)
     found = solve_dual(u, rows, (gram + gram.T) / 2.0, beta, upper=upper, start=a)

@@ -1,0 +1,1 @@
+"""The algebra of constrained edits: problems, solvers and certificates, on tensors alone."""

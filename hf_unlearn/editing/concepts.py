@@ -1,0 +1,132 @@
+"""What is to become unreachable: words and phrases as token ids, and where rows say them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..losses import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """
+    A word or a phrase.
+
+    Args:
+        text (`str`):
+            As it was given.
+        spellings (`tuple[tuple[int, ...], ...]`):
+            Token ids of every casing (as given, lower, upper, capitalised), with and without a space before it.
+        first (`tuple[int, ...]`):
+            The distinct first tokens of the spellings: without one of them the word cannot begin.
+    """
+
+    text: str
+    spellings: tuple[tuple[int, ...], ...]
+    first: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occurrence:
+    """A concept said in a row: its tokens are `input_ids[start:stop]`."""
+
+    row: int
+    concept: int
+    start: int
+    stop: int
+
+
+def word_concepts(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[Concept]:
+    """
+    Words or phrases as token ids.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        words (`Sequence[str]`):
+            Each once; white space around them is dropped.
+
+    Raises:
+        TypeError: one string instead of a list.
+        ValueError: no words, an empty one, or one that the tokenizer cannot spell (an unknown piece).
+    """
+    if isinstance(words, str):
+        raise TypeError(f"words is the string {words!r}; expected a list of words.")
+    words = list(dict.fromkeys(word.strip() for word in words))
+    if not words or "" in words:
+        given = "an empty word" if words else "no words"
+        raise ValueError(f"Got {given}; expected at least one word, none of them empty.")
+    return [_concept(tokenizer, word) for word in words]
+
+
+def find_occurrences(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], concepts: Sequence[Concept]
+) -> list[Occurrence]:
+    """
+    Where the responses of tokenised rows say the concepts, in any casing and however they are cut into tokens; only
+    whole words count ("cat" is not said by "category").
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        rows (`Sequence[Mapping]`):
+            `input_ids` and `labels`; a response starts at the first label.
+        concepts (`Sequence[Concept]`):
+            What to look for.
+    """
+    patterns = [word_pattern(concept.text) for concept in concepts]
+    found = []
+    for number, row in enumerate(rows):
+        labels = list(row["labels"])
+        begin = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        ids = list(row["input_ids"])[begin:]
+        text = tokenizer.decode(ids)
+        said = [(which, match) for which, pattern in enumerate(patterns) for match in pattern.finditer(text)]
+        if not said:
+            continue
+        ends = [len(tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
+        for which, match in said:
+            start = next(place for place, end in enumerate(ends) if end > match.start())
+            stop = next(place for place, end in enumerate(ends) if end >= match.end()) + 1
+            found.append(Occurrence(row=number, concept=which, start=begin + start, stop=begin + stop))
+    return sorted(found, key=lambda one: (one.row, one.start, one.concept))
+
+
+def word_pattern(text: str) -> re.Pattern[str]:
+    """A pattern that finds `text` as a whole word, in any casing and over any white space."""
+    inner = r"\s+".join(re.escape(part) for part in text.split())
+    return re.compile(rf"(?<!\w){inner}(?!\w)", re.IGNORECASE)
+
+
+def _concept(tokenizer: PreTrainedTokenizerBase, word: str) -> Concept:
+    casings = dict.fromkeys((word, word.lower(), word.upper(), word[:1].upper() + word[1:]))
+    spellings: dict[tuple[int, ...], None] = {}
+    for text in casings:
+        for written in (text, " " + text):
+            ids = _content(tokenizer, tokenizer(written, add_special_tokens=False)["input_ids"])
+            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+                raise ValueError(
+                    f"The tokenizer cannot spell {text!r}: a piece of it is unknown ({tokenizer.unk_token}). Such a "
+                    "word is never printed by this model; leave it out."
+                )
+            if ids:
+                spellings[tuple(ids)] = None
+    if not spellings:
+        raise ValueError(f"The tokenizer gives no tokens for {word!r}; leave it out.")
+    return Concept(
+        text=word, spellings=tuple(spellings), first=tuple(dict.fromkeys(spelling[0] for spelling in spellings))
+    )
+
+
+def _content(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Without leading tokens that are only a space: what follows them is where a word begins."""
+    ids = list(ids)
+    while len(ids) > 1 and not tokenizer.decode(ids[:1]).strip():
+        ids = ids[1:]
+    return ids

@@ -1,0 +1,102 @@
+"""Datasets to the rows an edit works on, and the pairs of a place and a token that are to become unlikely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import pad_rows, prepare_dataset, tokenize_prompt
+from ..losses import IGNORE_INDEX
+from .concepts import Concept, find_occurrences
+from .odds import Pairs
+from .positions import position_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, list[int]]
+
+
+def edit_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, max_length: int) -> list[Row]:
+    """
+    Tokenised rows of any format that the trainers take, or prompts alone (a column `prompt` without `completion`, or
+    `question` without `answer`): those have no label.
+
+    Raises:
+        ValueError: no rows, or rows that cannot be read.
+    """
+    if not len(dataset):
+        raise ValueError(f"The {name} dataset has no rows; expected at least one.")
+    first = dataset[0]
+    for prompt, answer in (("prompt", "completion"), ("question", "answer")):
+        if prompt in first and answer not in first and "input_ids" not in first:
+            blank = [{"role": "assistant", "content": ""}] if isinstance(first[prompt], list) else ""
+            rows = [tokenize_prompt({**row, answer: blank}, tokenizer)[-max_length:] for row in dataset]
+            return [{"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)} for ids in rows]
+    prepared = prepare_dataset(dataset, tokenizer, name=name, max_length=max_length)
+    return [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in prepared]
+
+
+def prompt_of(row: Mapping[str, Sequence[int]]) -> list[int]:
+    """The tokens before the first label; all of a row without labels."""
+    labels = list(row["labels"])
+    end = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    return list(row["input_ids"])[:end]
+
+
+def word_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    concepts: Sequence[Concept],
+    positions: str | Callable[..., Any],
+    bos_token_id: int | None,
+) -> Pairs:
+    """
+    Where the words must not begin. `"occurrence"`: before each occurrence in a response, with the token that begins it
+    there and all first tokens of that word; otherwise all first tokens of all words at each place.
+
+    Raises:
+        ValueError: no place is found.
+    """
+    if positions == "occurrence":
+        occurrences = find_occurrences(tokenizer, rows, concepts)
+        if not occurrences:
+            raise ValueError(
+                f"No activation found: none of the {len(concepts)} words occurs in the responses of the {len(rows)} "
+                "rows. Give rows that say them, or positions='last_prompt'."
+            )
+        return Pairs.of(
+            [
+                (one.row, one.start - 1, token)
+                for one in occurrences
+                if one.start > 0
+                for token in {int(rows[one.row]["input_ids"][one.start]), *concepts[one.concept].first}
+            ]
+        )
+    tokens = sorted({token for concept in concepts for token in concept.first})
+    places = named_places(rows, positions, bos_token_id)
+    return Pairs.of([(row, place, token) for row, place in places for token in tokens])
+
+
+def named_places(
+    rows: Sequence[Row], positions: str | Callable[..., Any], bos_token_id: int | None
+) -> list[tuple[int, int]]:
+    """
+    The chosen tokens (row, place) of rows; see [`position_mask`].
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = []
+    for number, row in enumerate(rows):
+        batch = pad_rows([row], pad_token_id=0)
+        batch["index"] = torch.tensor([number])
+        mask = position_mask(batch, positions, bos_token_id)  # type: ignore[arg-type]  # a name is checked there
+        found += [(number, place) for place in mask[0].nonzero().squeeze(1).tolist()]
+    if not found:
+        raise ValueError(
+            f"No activation found: positions={positions!r} names no token in any of the {len(rows)} rows."
+        )
+    return found

@@ -1,0 +1,193 @@
+"""How likely a model finds given next tokens at given places: log-odds, in float64, with edits in force or not.
+
+Shapes: K pairs of a place and a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+
+from ..data import pad_rows
+from ..losses import IGNORE_INDEX
+from ..trainers.forward import ModelForward
+from ..trainers.measure import rank_batches
+
+_HALF = -0.6931471805599453  # log 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """
+    Places and the tokens that they are asked about.
+
+    Args:
+        rows, tokens (`Tensor`):
+            `(K,)` int64: a place is token `tokens[k]` of row `rows[k]`, whose output predicts the one after it.
+        ids (`Tensor`):
+            `(K,)` int64: the next token that is asked about.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, triples: Sequence[tuple[int, int, int]]) -> Pairs:
+        """From (row, token, id), each once, sorted."""
+        table = torch.tensor(sorted(set(triples)), dtype=torch.int64).reshape(-1, 3)
+        return cls(rows=table[:, 0], tokens=table[:, 1], ids=table[:, 2])
+
+    def chosen(self, which: Tensor) -> Pairs:
+        """Those that the mask `(K,)` names."""
+        return Pairs(rows=self.rows[which], tokens=self.tokens[which], ids=self.ids[which])
+
+    def places(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """The distinct places (row, token), sorted, and the place `(K,)` of each pair."""
+        table = torch.stack([self.rows, self.tokens], dim=1)
+        distinct, inverse = torch.unique(table, dim=0, return_inverse=True)
+        return [(row, token) for row, token in distinct.tolist()], inverse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Odds:
+    """
+    Of each pair: log-odds `log p / (1 - p)`, and how many tokens are likelier.
+
+    Args:
+        values (`Tensor`):
+            `(K,)` float64, nats.
+        ranks (`Tensor`):
+            `(K,)` int64, 0 for the most likely token.
+    """
+
+    values: Tensor
+    ranks: Tensor
+
+    def probabilities(self) -> Tensor:
+        """`(K,)` float64."""
+        return torch.sigmoid(self.values)
+
+    def log_probs(self) -> Tensor:
+        """`(K,)` float64, nats."""
+        return torch.nn.functional.logsigmoid(self.values)
+
+
+@torch.no_grad()
+def next_token_odds(
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    pairs: Pairs,
+    *,
+    pad_token_id: int,
+    batch_size: int = 16,
+    accelerator: Any = None,
+    description: str | None = None,
+) -> Odds:
+    """
+    Log-odds of the tokens at their places, by one forward pass a batch over the rows that are asked about; logits are
+    computed at those places only.
+
+    Args:
+        model (`PreTrainedModel`, or what PEFT or an engine has made of it):
+            The model; put into evaluation mode meanwhile.
+        rows (`Sequence[Mapping]`):
+            Tokenised rows: `input_ids`.
+        pairs ([`Pairs`]):
+            What is asked.
+        pad_token_id (`int`):
+            Id to pad with.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Rows a forward pass, on each rank.
+        accelerator (`Accelerator`, *optional*):
+            With several processes each takes its share, and all get everything.
+        description (`str`, *optional*):
+            Text of a progress bar.
+    """
+    run = accelerator or SimpleNamespace(
+        num_processes=1, process_index=0, is_main_process=True, device=next(model.parameters()).device
+    )
+    places, of_pair = pairs.places()
+    asked: dict[int, dict[int, list[int]]] = {}  # row -> token -> numbers of pairs
+    for number, place in enumerate(of_pair.tolist()):
+        row, token = places[place]
+        asked.setdefault(row, {}).setdefault(token, []).append(number)
+    wanted = sorted(asked)
+    table = Dataset.from_list([_row(rows[row], asked[row], row) for row in wanted])
+    forward = ModelForward(getattr(model, "module", model))
+    found: list[tuple[list[int], Tensor, Tensor]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        collate = partial(pad_rows, pad_token_id=pad_token_id)
+        for batch in rank_batches(table, batch_size, run, collate, description):
+            (scores,) = forward(model, [batch])
+            numbers = [asked[row][token] for row in _numbers(batch) for token in sorted(asked[row])]
+            with scores.whole():
+                logits = scores.rows(slice(0, scores.count)).double()
+            owners = [place for place, own in enumerate(numbers) for _ in own]
+            flat = [number for own in numbers for number in own]
+            if flat:
+                found.append((flat, *_odds(logits, owners, pairs.ids[flat])))
+    finally:
+        model.train(was_training)
+    pieces = gather_object(found) if run.num_processes > 1 else found
+    values = torch.zeros(len(pairs), dtype=torch.float64)
+    ranks = torch.zeros(len(pairs), dtype=torch.int64)
+    for flat, odds, above in pieces:
+        values[flat], ranks[flat] = odds, above
+    if not bool(torch.isfinite(values).all()):
+        number = int((~torch.isfinite(values)).nonzero()[0])
+        raise FloatingPointError(
+            f"The log-odds of token {int(pairs.ids[number])} after token {int(pairs.tokens[number])} of row "
+            f"{int(pairs.rows[number])} are {float(values[number])}: the model's logits are not finite there."
+        )
+    return Odds(values=values, ranks=ranks)
+
+
+def _row(row: Mapping[str, Any], asked: Mapping[int, Any], number: int) -> dict[str, Any]:
+    """A label after each place that is asked about; a token more where that is the last one."""
+    ids = list(row["input_ids"])
+    last = max(asked)
+    if not 0 <= min(asked) <= last < len(ids):
+        raise ValueError(f"Row {number} has {len(ids)} tokens; asked about the one after token {last}.")
+    if last + 1 == len(ids):
+        ids = [*ids, ids[-1]]
+    labels = [IGNORE_INDEX] * len(ids)
+    for token in asked:
+        labels[token + 1] = ids[token + 1]
+    return {"input_ids": ids, "labels": labels, "index": number}
+
+
+def _numbers(batch: Mapping[str, Tensor]) -> list[int]:
+    return [row for row in batch["index"].tolist() if row >= 0]  # below 0: only keeps the ranks in step
+
+
+def _odds(logits: Tensor, owners: list[int], ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-odds and ranks of K tokens, the logits of whose places are `logits[owners]`, `(P, V)` float64."""
+    total = logits.logsumexp(1)
+    odds, ranks = [], []
+    for start in range(0, len(owners), 64):
+        own = ids[start : start + 64, None].to(logits.device)
+        of = owners[start : start + 64]
+        rows = logits[of]
+        z = rows.gather(1, own)
+        logp = z.squeeze(1) - total[of]
+        found = logp - torch.log1p(-logp.exp().clamp(max=0.5))
+        likely = logp > _HALF  # what is left of 1 is then lost to rounding, and summed anew
+        others = rows[likely].scatter(1, own[likely], -torch.inf).logsumexp(1)
+        found[likely] = z.squeeze(1)[likely] - others
+        odds.append(found)
+        ranks.append((rows > z).sum(1))
+    return torch.cat(odds).cpu(), torch.cat(ranks).cpu()

@@ -1,0 +1,267 @@
+"""From words, rows and a model to a plan; the model is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from transformers.utils import logging
+
+from ..attacks.refusal import attack_succeeds
+from ..losses import IGNORE_INDEX
+from ..metrics.generate import padding_id
+from ..probes.taps import resolve_layer
+from ..reports.versions import library_versions
+from .algebra.solve import Solver
+from .concepts import Concept, find_occurrences, word_concepts
+from .config import EditConfig
+from .directions import Source
+from .edit_rows import Row, edit_rows, prompt_of, word_pairs
+from .levels import plan_by_level, plan_points_by_probability
+from .measures import Judge, edited_answers, measure_edits
+from .odds import Pairs
+from .pcr import Run, plan_by_probability
+from .plan import EditPlan, LayerEdit
+from .variants import with_variants
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """Everything that is decided before the first edit is tried."""
+
+    run: Run
+    tokenizer: Any
+    config: EditConfig
+    concepts: list[Concept]
+    rows: list[Row]
+    retain: list[Row] | None
+    held_out: list[Row] | None
+    layers: list[int]
+    bos_token_id: int | None
+
+
+def plan_edit(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    config: EditConfig | None = None,
+    *,
+    retain_dataset: Any = None,
+    attack_dataset: Any = None,
+    judge: Judge = attack_succeeds,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> EditPlan:
+    """
+    Plans the edit that a config asks for. The model is left untouched: edits are tried by hooks, which are gone
+    afterwards whatever happens.
+
+    Args:
+        model (`PreTrainedModel`, or what PEFT or an engine has made of it):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        dataset (`Dataset` or `list[dict]`):
+            Rows that say the words (question-answer, prompt-completion, conversational, text or tokenised), or prompts
+            alone.
+        config ([`EditConfig`], *optional*):
+            The options.
+        retain_dataset (`Dataset` or `list[dict]`, *optional*):
+            Rows whose answers should stay; without them the edit is the smallest in norm.
+        attack_dataset (`Dataset` or `list[dict]`, *optional*):
+            Jailbreak prompts, only measured on.
+        judge (`Callable[[str, str], bool]`, *optional*):
+            Whether an answer to a prompt is a success of the attack; by default one that does not refuse.
+        accelerator (`Accelerator`, *optional*):
+            With several processes; every one makes the same plan.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether progress bars are shown.
+
+    Returns:
+        [`EditPlan`]: with `measures`, before and after: `reach` (probability, perplexity and rank of the words where
+        the rows say them), `said` (rows whose greedy answer says a word), `retain_probability` (of retain rows that
+        the edit was not fitted to, where there are any), `attack` (successes and refusals).
+
+    Raises:
+        ValueError: no words, words that no row says, layers that cannot be edited, or constraints that contradict each
+            other.
+    """
+    task = _task(model, tokenizer, dataset, config or EditConfig(), retain_dataset, accelerator, progress)
+    if task.config.method != "pcr":
+        from .plan_regions import plan_regions
+
+        edits, extra = plan_regions(task.run, task.rows, task.concepts, task.retain, task.layers, task.config)
+    else:
+        edits, extra = _plan_pcr(task)
+    plan = EditPlan(
+        method=task.config.method,
+        edits=tuple(edits),
+        settings=task.config.as_settings(),
+        versions=library_versions(),
+    )
+    return plan.with_measures(**extra, **_measure(task, edits, attack_dataset, judge))
+
+
+def verify_plan(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    config: EditConfig,
+    plan: EditPlan,
+    *,
+    retain_dataset: Any = None,
+    attack_dataset: Any = None,
+    judge: Judge = attack_succeeds,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    The measures of [`plan_edit`] with `after` taken from `model` as it is, the plan applied to it: by what its weights
+    have become, not by what was planned. `before` is the plan's.
+
+    Args:
+        model, tokenizer, dataset, config, retain_dataset, attack_dataset, judge, accelerator, progress:
+            As in [`plan_edit`]; the model has the edit in it.
+        plan ([`EditPlan`]):
+            What was applied.
+    """
+    task = _task(model, tokenizer, dataset, config, retain_dataset, accelerator, progress)
+    return _measure(task, None, attack_dataset, judge, before=plan.measures)
+
+
+def _measure(
+    task: _Task,
+    edits: Sequence[LayerEdit] | None,
+    attack_dataset: Any,
+    judge: Judge,
+    before: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    attacks = None
+    if attack_dataset is not None:
+        attacks = edit_rows(attack_dataset, task.tokenizer, name="attack", max_length=task.config.max_length)
+    found = measure_edits(
+        task.run,
+        task.tokenizer,
+        task.rows,
+        task.concepts,
+        edits,
+        max_new_tokens=task.config.max_new_tokens,
+        retain_rows=task.held_out or task.retain,
+        attack_rows=attacks,
+        judge=judge,
+        known=before,
+    )
+    if task.retain is not None:
+        found["retain_probability"]["held_out"] = task.held_out is not None
+    return found
+
+
+def _task(
+    model: Any, tokenizer: Any, dataset: Any, config: EditConfig, retain_dataset: Any, accelerator: Any, progress: bool
+) -> _Task:
+    words = config.all_words()
+    if not words and config.method == "pcr":
+        raise ValueError("There are no words to make unreachable; set words or words_file.")
+    concepts = word_concepts(tokenizer, words) if words else []
+    layers = sorted({_number(model, layer) for layer in config.layers or [-1]})
+    rows = edit_rows(dataset, tokenizer, name="edit", max_length=config.max_length)
+    retain = held_out = None
+    if retain_dataset is None:
+        logger.warning(
+            "There is no retain_dataset: the edit will be the smallest in norm, and what it does to other answers is "
+            "neither weighed nor measured."
+        )
+    else:
+        every = edit_rows(retain_dataset, tokenizer, name="retain", max_length=config.max_length)
+        order = np.random.default_rng(config.seed).permutation(len(every)).tolist()
+        retain = [every[number] for number in order[: config.retain_examples]]
+        held_out = [every[number] for number in order[config.retain_examples :][:200]] or None
+    run = Run(
+        model=model,
+        pad_token_id=padding_id(tokenizer),
+        batch_size=config.batch_size,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    return _Task(
+        run=run,
+        tokenizer=tokenizer,
+        config=config,
+        concepts=concepts,
+        rows=rows,
+        retain=retain,
+        held_out=held_out,
+        layers=layers,
+        bos_token_id=model.config.get_text_config().bos_token_id,
+    )
+
+
+def _number(model: Any, layer: int) -> int:
+    number = resolve_layer(model, layer)
+    assert isinstance(number, int), "a number stays one"
+    return number
+
+
+def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any]]:
+    """Edits, and how many places each round of generation added."""
+    config, tokenizer = task.config, task.tokenizer
+    special = sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
+    fixed, added = list(task.rows), list[int]()
+    while True:
+        copies = config.variants if config.positions == "occurrence" else 0
+        rows = with_variants(fixed, count=copies, protected=special, seed=config.seed)
+        pairs = word_pairs(tokenizer, rows, task.concepts, config.positions, task.bos_token_id)
+        edits = _solve(task, rows, pairs)
+        if len(added) >= config.generation_rounds:
+            break
+        answers = _answers(task, edits)
+        fresh = [row for row in answers if find_occurrences(tokenizer, [row], task.concepts) and row not in fixed]
+        added.append(len(fresh))
+        if not fresh:
+            break
+        if config.positions != "occurrence" and not config.has_level:
+            break
+        fixed += fresh
+    return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}
+
+
+def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs) -> list[LayerEdit]:
+    config = task.config
+    shared: dict[str, Any] = {
+        "layers": task.layers,
+        "retain_rows": task.retain,
+        "retain_limit": config.retain_positions,
+        "ridge": config.ridge,
+        "solver": cast(Solver, config.solver),
+        "seed": config.seed,
+    }
+    source = cast(Source, config.source)
+    if source == "unembedding" and not config.has_level:
+        return plan_by_probability(task.run, rows, pairs, probability=config.probability, **shared)[0]
+    places = pairs.places()[0]
+    at_level = partial(
+        plan_by_level, task.run, rows, task.concepts, places, source=source, soft_margin=config.soft_margin, **shared
+    )
+    if config.has_level:
+        return at_level(eps=config.eps, eps_percentile=config.eps_percentile)
+    return plan_points_by_probability(
+        task.run, rows, task.concepts, pairs, probability=config.probability, source=source, **shared
+    )
+
+
+def _answers(task: _Task, edits: Sequence[LayerEdit]) -> list[Row]:
+    """Rows with the model's own answers in place of the responses."""
+    texts = edited_answers(task.run, task.tokenizer, task.rows, edits, max_new_tokens=task.config.max_new_tokens)
+    rows = []
+    for row, text in zip(task.rows, texts, strict=True):
+        prompt, ids = prompt_of(row), task.tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids})
+    return rows
