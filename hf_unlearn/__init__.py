@@ -10,6 +10,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .data import UnlearningCollator, load_tofu
     from .duals import DualVariables, RetainConstraint
+    from .editing import ConstrainedEditCallback, EditConfig, EditPlan, apply_edit, constrained_edit, plan_edit
     from .probes import RobustProbe
     from .trainers import (
         ForgetTarget,
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 # Lazy (PEP 562): importing the package loads neither torch nor transformers; a name loads what it needs.
 _OWNERS = {
+    "ConstrainedEditCallback": "editing",
     "DualVariables": "duals",
+    "EditConfig": "editing",
+    "EditPlan": "editing",
     "ForgetTarget": "trainers",
     "PrimalDualConfig": "trainers",
     "PrimalDualTrainer": "trainers",
@@ -34,12 +38,16 @@ _OWNERS = {
     "UnlearningCollator": "data",
     "UnlearningConfig": "trainers",
     "UnlearningTrainer": "trainers",
+    "apply_edit": "editing",
+    "constrained_edit": "editing",
     "load_tofu": "data",
+    "plan_edit": "editing",
 }
 _SUBMODULES = (
     "cli",
     "data",
     "duals",
+    "editing",
     "geometry",
     "lab",
     "losses",
@@ -51,7 +59,10 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "ConstrainedEditCallback",
     "DualVariables",
+    "EditConfig",
+    "EditPlan",
     "ForgetTarget",
     "PrimalDualConfig",
     "PrimalDualTrainer",
@@ -63,7 +74,10 @@ __all__ = [
     "UnlearningConfig",
     "UnlearningTrainer",
     "__version__",
+    "apply_edit",
+    "constrained_edit",
     "load_tofu",
+    "plan_edit",
 ]
 
 

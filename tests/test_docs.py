@@ -15,13 +15,14 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from hf_unlearn.editing import EditConfig
 from hf_unlearn.trainers import PrimalDualConfig, PrismConfig, UnlearningConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
 MARKDOWN = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-CONFIGS = (UnlearningConfig, PrimalDualConfig, PrismConfig)
+CONFIGS = (UnlearningConfig, PrimalDualConfig, PrismConfig, EditConfig)
 
 ROW = re.compile(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", re.MULTILINE)
 ENTRY = re.compile(r"^\s*(\w+) \(`[^)]+?\*optional\*(?:, defaults to `([^`]+)`)?\):$", re.MULTILINE)
@@ -29,7 +30,7 @@ LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 
 
 def defaults(config: type) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(config)}
+    return {field.name: field.default for field in dataclasses.fields(config)} if config is not object else {}
 
 
 def own_fields(config: type) -> dict[str, Any]:

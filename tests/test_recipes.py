@@ -12,7 +12,9 @@ import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from hf_unlearn.cli.data_arguments import DataArguments
+from hf_unlearn.cli.edit_arguments import EditArguments
 from hf_unlearn.data import TOFU_SPLITS
+from hf_unlearn.editing import EditConfig
 from hf_unlearn.trainers import PrimalDualConfig, PrismConfig, UnlearningConfig
 from hf_unlearn.trainers.objective import ForgetObjective
 
@@ -20,6 +22,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
 PAPER = [path for path in FILES if path.parent.name == "primal_dual" and not path.stem.endswith("_lora")]
 UNLEARNING = [path for path in FILES if path.parent.name in ("primal_dual", "prism", "unlearning")]
+EDIT = [path for path in FILES if path.parent.name == "edit"]
 PRISM = [path for path in FILES if path.parent.name == "prism"]
 
 # probe layer, gamma, rho, lambda_r, epochs
@@ -28,6 +31,11 @@ PRISM_VALUES = {
     "muse_books_llama-2-7b": (32, 0.05, 0.008, 2.5, 1),
     "wmdp_ministral-8b": (28, 0.05, 0.008, 1.0, 10),
     "wmdp_llama-2-7b": (28, 0.05, 0.008, 1.0, 10),
+}
+EDIT_MODELS = {
+    "pcr_llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "pcr_mistral-7b-instruct-v0.2": "mistralai/Mistral-7B-Instruct-v0.2",
+    "pcr_gemma-2b-it": "google/gemma-2b-it",
 }
 TOFU_EPOCHS = {"llama-3.2-1b": 10, "llama-3.2-3b": 10, "llama-3.1-8b": 30, "gemma-7b-it": 20}
 TOFU_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
@@ -54,6 +62,8 @@ def parse(path: Path) -> tuple[Any, ...]:
         "unlearning": UnlearningConfig,
         "sft": SFTConfig,
     }
+    if path.parent.name == "edit":
+        return TrlParser((EditArguments, EditConfig, ModelConfig)).parse_args_and_config(args=["--config", str(path)])
     config = configs[path.parent.name]
     data = ScriptArguments if config is SFTConfig else DataArguments
     # TRL turns bf16 on unless told otherwise, and Transformers refuses that on a machine without an accelerator
@@ -76,6 +86,11 @@ def test_every_promised_recipe_is_there() -> None:
 def test_recipe_parses_without_unknown_keys(path: Path) -> None:
     data, args, model = parse(path)
     assert model.model_name_or_path
+    if isinstance(data, EditArguments):
+        assert data.output_dir.startswith("outputs/")
+        assert data.dataset
+        assert data.retain_dataset
+        return
     assert args.output_dir.startswith("outputs/")
     assert data.dataset_name if isinstance(data, ScriptArguments) else data.forget_dataset and data.retain_dataset
 
@@ -181,6 +196,21 @@ def test_prism_recipe_has_the_authors_values(path: Path) -> None:
         1e-4,
     )
     assert model.dtype == "float32", "bf16 weights round the move of SAM away"
+
+
+def test_every_promised_edit_recipe_is_there_with_its_model() -> None:
+    assert {path.stem: keys(path)["model_name_or_path"] for path in EDIT} == EDIT_MODELS
+
+
+@pytest.mark.parametrize("path", EDIT, ids=stem)
+def test_edit_recipe_names_what_the_paper_leaves_open_and_holds_no_word_list(path: Path) -> None:
+    _, config, _ = parse(path)
+    unknown = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Unknown"))
+    for name in ("eps", "layers", "token positions", "judge", "sample"):
+        assert name in unknown
+    assert (config.method, config.words, config.eps) == ("pcr", None, None)
+    assert config.searches
+    assert config.words_file, "users bring their own list"
 
 
 def test_lora_recipe_uses_the_defaults_of_this_library() -> None:

@@ -14,7 +14,10 @@ def run(command: str, arguments: list[str]) -> int:
     )
     parser.add_argument("--output_dir", default="outputs/quickstart", help="where model, results and report go")
     parser.add_argument(
-        "--method", default="primal-dual", choices=["primal-dual", "prism"], help="which trainer unlearns"
+        "--method",
+        default="primal-dual",
+        choices=["primal-dual", "prism", "edit"],
+        help="which trainer unlearns; edit: a constrained edit of a weight matrix, which makes names unreachable",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of world, training and unlearning")
     parser.add_argument("--no_cache", action="store_true", help="train target and reference even if they are cached")
@@ -30,7 +33,8 @@ def run(command: str, arguments: list[str]) -> int:
 
     console = Console()
     console.print(
-        "[bold]hf-unlearn quickstart[/]: train a target and a retain-only reference, unlearn, compare.",
+        "[bold]hf-unlearn quickstart[/]: train a target and a retain-only reference, "
+        f"{'edit' if options.method == 'edit' else 'unlearn'}, compare.",
         highlight=False,
     )
     results = run_quickstart(

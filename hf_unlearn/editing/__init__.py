@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .agreement import EditError
     from .algebra.certificate import Certificate
     from .algebra.dinkelbach import SingleActivation, solve_single_activation
     from .algebra.metric import Metric
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .algebra.single_pair import closed_form
     from .algebra.solve import Edit, solve_pcr
     from .apply import AppliedEdit, apply_edit
+    from .callback import ConstrainedEditCallback
     from .concepts import Concept, word_concepts
     from .config import EditConfig
     from .constrained import EditResult, constrained_edit
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 
 _OWNERS = {
     "AppliedEdit": "apply",
+    "ConstrainedEditCallback": "callback",
     "Certificate": "algebra.certificate",
     "Concept": "concepts",
     "Edit": "algebra.solve",
     "EditConfig": "config",
+    "EditError": "agreement",
     "EditPlan": "plan",
     "EditResult": "constrained",
     "Kind": "algebra.problem",
@@ -53,8 +57,10 @@ __all__ = [
     "AppliedEdit",
     "Certificate",
     "Concept",
+    "ConstrainedEditCallback",
     "Edit",
     "EditConfig",
+    "EditError",
     "EditPlan",
     "EditResult",
     "Kind",

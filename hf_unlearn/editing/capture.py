@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..data import pad_rows
+from ..metrics.likelihood import evaluation_mode
 from ..trainers.forward import ModelForward
 from ..trainers.measure import rank_batches
 from .mlp import MlpOutput, mlp_output
+from .odds import local_run
 from .positions import Positions, position_mask
 
 
@@ -85,9 +86,7 @@ def capture(
     if not len(rows) or not layers:
         raise ValueError(f"Got {len(rows)} rows and layers {list(layers)}; expected at least one of each.")
     where = {layer: mlp_output(model, layer) for layer in layers}
-    run = accelerator or SimpleNamespace(
-        num_processes=1, process_index=0, is_main_process=True, device=next(model.parameters()).device
-    )
+    run = accelerator or local_run(model)
     table = Dataset.from_dict(
         {
             "input_ids": [list(row["input_ids"]) for row in rows],
@@ -98,15 +97,11 @@ def capture(
     bos = model.config.get_text_config().bos_token_id if hasattr(model, "config") else None
     forward = ModelForward(getattr(model, "module", model))
     mine: list[_Piece] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in rank_batches(table, batch_size, run, partial(pad_rows, pad_token_id=pad_token_id), description):
             with _Reader(where) as reader:
                 forward(model, [batch])
             mine.append(_piece(batch, position_mask(batch, positions, bos), reader))
-    finally:
-        model.train(was_training)
     pieces = gather_object(mine) if run.num_processes > 1 else mine
     at = torch.cat([piece.at for piece in pieces])
     if not len(at):

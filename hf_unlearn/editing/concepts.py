@@ -54,7 +54,8 @@ def word_concepts(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> l
 
     Raises:
         TypeError: one string instead of a list.
-        ValueError: no words, an empty one, or one that the tokenizer cannot spell (an unknown piece).
+        ValueError: no words, an empty one, or one that the tokenizer cannot spell as it is given (an unknown piece);
+            other casings that it cannot spell are left out, as the model never prints them.
     """
     if isinstance(words, str):
         raise TypeError(f"words is the string {words!r}; expected a list of words.")
@@ -76,7 +77,7 @@ def find_occurrences(
         tokenizer (`PreTrainedTokenizerBase`):
             The model's tokenizer.
         rows (`Sequence[Mapping]`):
-            `input_ids` and `labels`; a response starts at the first label.
+            `input_ids` and `labels`; a response starts at the first label, and what has no label is not part of it.
         concepts (`Sequence[Concept]`):
             What to look for.
     """
@@ -90,11 +91,13 @@ def find_occurrences(
         said = [(which, match) for which, pattern in enumerate(patterns) for match in pattern.finditer(text)]
         if not said:
             continue
-        ends = [len(tokenizer.decode(ids[: count + 1])) for count in range(len(ids))]
+        starts = [tokenizer.decode(ids[: count + 1]) for count in range(len(ids))]
+        ends = [_shared(own, text) for own in starts]  # a part of a character is none yet
         for which, match in said:
-            start = next(place for place, end in enumerate(ends) if end > match.start())
+            start = next(place for place, own in enumerate(starts) if len(own) > match.start())
             stop = next(place for place, end in enumerate(ends) if end >= match.end()) + 1
-            found.append(Occurrence(row=number, concept=which, start=begin + start, stop=begin + stop))
+            if IGNORE_INDEX not in labels[begin + start : begin + stop]:
+                found.append(Occurrence(row=number, concept=which, start=begin + start, stop=begin + stop))
     return sorted(found, key=lambda one: (one.row, one.start, one.concept))
 
 
@@ -104,18 +107,24 @@ def word_pattern(text: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){inner}(?!\w)", re.IGNORECASE)
 
 
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((at for at, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its), len(one))
+
+
 def _concept(tokenizer: PreTrainedTokenizerBase, word: str) -> Concept:
     casings = dict.fromkeys((word, word.lower(), word.upper(), word[:1].upper() + word[1:]))
     spellings: dict[tuple[int, ...], None] = {}
     for text in casings:
         for written in (text, " " + text):
             ids = _content(tokenizer, tokenizer(written, add_special_tokens=False)["input_ids"])
-            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+            if unknown and text == word:
                 raise ValueError(
                     f"The tokenizer cannot spell {text!r}: a piece of it is unknown ({tokenizer.unk_token}). Such a "
                     "word is never printed by this model; leave it out."
                 )
-            if ids:
+            if ids and not unknown:
                 spellings[tuple(ids)] = None
     if not spellings:
         raise ValueError(f"The tokenizer gives no tokens for {word!r}; leave it out.")

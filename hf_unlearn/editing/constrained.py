@@ -11,7 +11,8 @@ from ..attacks.refusal import attack_succeeds
 from .apply import AppliedEdit, apply_edit
 from .config import EditConfig
 from .measures import Judge
-from .plan import EditPlan
+from .mlp import mlp_output
+from .plan import EditPlan, base_matrix
 from .planning import plan_edit, verify_plan
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def constrained_edit(
     }
     plan = plan_edit(model, tokenizer, dataset, config, **shared)
     asked = config
-    for _ in range(_TRIES):
+    for number in range(_TRIES + 1):
         applied = apply_edit(model, plan, as_adapter=as_adapter, merge=merge, adapter_name=adapter_name)
         try:
             found = verify_plan(applied.model, tokenizer, dataset, config, plan, **shared)
@@ -101,19 +102,35 @@ def constrained_edit(
         lost = merge and config.searches and reached > max(config.probability, planned) * _SLACK
         if not lost:
             break
+        if number == _TRIES:
+            logger.warning(
+                "Rounding still eats a part of the merged edit: see measures['reach']. Apply it as an adapter, or "
+                "merge into float32 weights."
+            )
+            break
         applied.undo()
         asked = replace(asked, probability=asked.probability * config.probability / reached / 2.0)
         logger.warning(
             f"The merged weights have taken {min(applied.realised.values()):.0%} of the edit, and a word still has a "
             f"probability of {reached:.2g}: planning anew for {asked.probability:.2g}."
         )
-        plan = plan_edit(model, tokenizer, dataset, asked, **shared)
-    else:
-        applied = apply_edit(model, plan, as_adapter=as_adapter, merge=merge, adapter_name=adapter_name)
-        found = verify_plan(applied.model, tokenizer, dataset, config, plan, **shared)
-        logger.warning(
-            "Rounding still eats a part of the merged edit: see measures['reach']. Apply it as an adapter, or merge "
-            "into float32 weights."
-        )
-    plan = plan.with_measures(**found, realised={str(layer): share for layer, share in applied.realised.items()})
+        try:
+            plan = plan_edit(model, tokenizer, dataset, asked, **shared)
+        except ValueError as error:
+            raise ValueError(
+                f"Merged into {_types(model, plan)}, the edit leaves a word a probability of {reached:.2g}, above "
+                f"{config.probability:g}, and none that aims lower was found. The model is as it was. Apply the edit "
+                "as an adapter, or merge into float32 weights."
+            ) from error
+    plan = replace(plan, settings={**plan.settings, "probability": config.probability})
+    plan = plan.with_measures(
+        planned_probability=asked.probability,
+        **found,
+        realised={str(layer): share for layer, share in applied.realised.items()},
+    )
     return EditResult(model=applied.model, plan=plan, applied=applied)
+
+
+def _types(model: Any, plan: EditPlan) -> str:
+    found = {str(base_matrix(mlp_output(model, edit.layer).module).weight.dtype) for edit in plan.edits}
+    return ", ".join(sorted(found)).replace("torch.", "")

@@ -5,7 +5,6 @@ Shapes: n tokens or concepts, V vocabulary, d model width.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -80,7 +79,9 @@ def _rows(head: nn.Module, ids: Sequence[int]) -> Tensor:
 def _gain(norm: nn.Module) -> tuple[Tensor, bool]:
     """The factor `(d,)` of a norm, and whether it subtracts the mean: found by asking the norm itself."""
     with whole_weights(norm):
-        alone = copy.copy(norm)  # called without the hooks of an engine, with whole weights in float32
+        # called without the hooks of an engine, with whole weights in float32; FSDP2's class refuses copy()
+        alone: Any = object.__new__(type(norm))
+        alone.__dict__.update(norm.__dict__)
         alone._parameters = {
             name: None if value is None else nn.Parameter(_whole(value).float().cpu(), requires_grad=False)
             for name, value in norm._parameters.items()

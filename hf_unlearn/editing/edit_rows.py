@@ -31,7 +31,7 @@ def edit_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, ma
         raise ValueError(f"The {name} dataset has no rows; expected at least one.")
     first = dataset[0]
     for prompt, answer in (("prompt", "completion"), ("question", "answer")):
-        if prompt in first and answer not in first and "input_ids" not in first:
+        if prompt in first and not {answer, "input_ids", "messages", "text"} & set(first):
             blank = [{"role": "assistant", "content": ""}] if isinstance(first[prompt], list) else ""
             rows = [tokenize_prompt({**row, answer: blank}, tokenizer)[-max_length:] for row in dataset]
             return [{"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)} for ids in rows]
@@ -61,17 +61,22 @@ def word_pairs(
         ValueError: no place is found.
     """
     if positions == "occurrence":
-        occurrences = find_occurrences(tokenizer, rows, concepts)
+        occurrences = [
+            one
+            for one in find_occurrences(tokenizer, rows, concepts)
+            # nothing to edit before the first token, and nothing is edited at BOS
+            if one.start > 1 or (one.start == 1 and rows[one.row]["input_ids"][0] != bos_token_id)
+        ]
         if not occurrences:
             raise ValueError(
-                f"No activation found: none of the {len(concepts)} words occurs in the responses of the {len(rows)} "
-                "rows. Give rows that say them, or positions='last_prompt'."
+                f"No activation found: none of the {len(concepts)} words occurs in a response (where one begins with "
+                "the word, the prompt must be more than a BOS token). Give rows that say them, or "
+                "positions='last_prompt'."
             )
         return Pairs.of(
             [
                 (one.row, one.start - 1, token)
                 for one in occurrences
-                if one.start > 0
                 for token in {int(rows[one.row]["input_ids"][one.start]), *concepts[one.concept].first}
             ]
         )

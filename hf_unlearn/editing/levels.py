@@ -18,7 +18,8 @@ from .capture import Captured
 from .concepts import Concept
 from .directions import Source, embedding_points, unembedding_directions
 from .odds import Pairs
-from .pcr import Places, Run, layer_edit, retain_metric
+from .passes import Places, Run
+from .pcr import layer_edit, retain_metric
 from .plan import LayerEdit
 from .positions import Occurrences
 

@@ -14,7 +14,7 @@ from ..metrics.likelihood import mean_nll
 from .added import edits_in_force
 from .concepts import Concept, find_occurrences, word_pattern
 from .edit_rows import Row, prompt_of
-from .pcr import Run
+from .passes import Run
 from .plan import LayerEdit
 from .reach import occurrence_pairs, reach_of
 

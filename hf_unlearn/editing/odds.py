@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..data import pad_rows
 from ..losses import IGNORE_INDEX
+from ..metrics.likelihood import evaluation_mode
 from ..trainers.forward import ModelForward
 from ..trainers.measure import rank_batches
 
@@ -52,6 +53,14 @@ class Pairs:
     def chosen(self, which: Tensor) -> Pairs:
         """Those that the mask `(K,)` names."""
         return Pairs(rows=self.rows[which], tokens=self.tokens[which], ids=self.ids[which])
+
+    def and_then(self, other: Pairs, offset: int) -> Pairs:
+        """These and the others, whose rows come `offset` later."""
+        return Pairs(
+            rows=torch.cat([self.rows, other.rows + offset]),
+            tokens=torch.cat([self.tokens, other.tokens]),
+            ids=torch.cat([self.ids, other.ids]),
+        )
 
     def places(self) -> tuple[list[tuple[int, int]], Tensor]:
         """The distinct places (row, token), sorted, and the place `(K,)` of each pair."""
@@ -115,9 +124,7 @@ def next_token_odds(
         description (`str`, *optional*):
             Text of a progress bar.
     """
-    run = accelerator or SimpleNamespace(
-        num_processes=1, process_index=0, is_main_process=True, device=next(model.parameters()).device
-    )
+    run = accelerator or local_run(model)
     places, of_pair = pairs.places()
     asked: dict[int, dict[int, list[int]]] = {}  # row -> token -> numbers of pairs
     for number, place in enumerate(of_pair.tolist()):
@@ -127,9 +134,7 @@ def next_token_odds(
     table = Dataset.from_list([_row(rows[row], asked[row], row) for row in wanted])
     forward = ModelForward(getattr(model, "module", model))
     found: list[tuple[list[int], Tensor, Tensor]] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         collate = partial(pad_rows, pad_token_id=pad_token_id)
         for batch in rank_batches(table, batch_size, run, collate, description):
             (scores,) = forward(model, [batch])
@@ -139,9 +144,7 @@ def next_token_odds(
             owners = [place for place, own in enumerate(numbers) for _ in own]
             flat = [number for own in numbers for number in own]
             if flat:
-                found.append((flat, *_odds(logits, owners, pairs.ids[flat])))
-    finally:
-        model.train(was_training)
+                found.append((flat, *log_odds(logits, owners, pairs.ids[flat])))
     pieces = gather_object(found) if run.num_processes > 1 else found
     values = torch.zeros(len(pairs), dtype=torch.float64)
     ranks = torch.zeros(len(pairs), dtype=torch.int64)
@@ -154,6 +157,13 @@ def next_token_odds(
             f"{int(pairs.rows[number])} are {float(values[number])}: the model's logits are not finite there."
         )
     return Odds(values=values, ranks=ranks)
+
+
+def local_run(model: Any) -> Any:
+    """What [`rank_batches`] asks of an accelerator, for one process."""
+    return SimpleNamespace(
+        num_processes=1, process_index=0, is_main_process=True, device=next(model.parameters()).device
+    )
 
 
 def _row(row: Mapping[str, Any], asked: Mapping[int, Any], number: int) -> dict[str, Any]:
@@ -174,7 +184,7 @@ def _numbers(batch: Mapping[str, Tensor]) -> list[int]:
     return [row for row in batch["index"].tolist() if row >= 0]  # below 0: only keeps the ranks in step
 
 
-def _odds(logits: Tensor, owners: list[int], ids: Tensor) -> tuple[Tensor, Tensor]:
+def log_odds(logits: Tensor, owners: list[int], ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-odds and ranks of K tokens, the logits of whose places are `logits[owners]`, `(P, V)` float64."""
     total = logits.logsumexp(1)
     odds, ranks = [], []

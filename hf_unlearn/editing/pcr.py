@@ -6,97 +6,32 @@ Shapes: K pairs of a place and a token, N places, n tokens or concepts, m inner 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from .added import edits_in_force
 from .algebra.metric import Metric
 from .algebra.solve import Edit, Solver
-from .capture import Captured, capture
+from .capture import Captured
 from .directions import unembedding_directions
 from .mlp import mlp_output
-from .odds import Odds, Pairs, next_token_odds
+from .odds import Odds, Pairs
+from .passes import Places, Run
 from .plan import LayerEdit, matrix_digest
-from .search import LevelProblem, search_levels
+from .search import Found, LevelProblem, search_levels
+from .shortcut import LastBlock
+
+logger = logging.get_logger(__name__)
 
 _FAR = 8.0  # nats below what is allowed from which on a pair is left out until an edit has lifted it
+_FEW = 20_000  # pairs up to which all of them are watched from the start
 _ROUNDS = 4  # times that pairs are taken in
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """
-    What every forward pass of a plan needs.
-
-    Args:
-        model (`Any`):
-            The model, or what PEFT or an engine has made of it.
-        pad_token_id (`int`):
-            Id to pad with.
-        batch_size (`int`):
-            Rows a forward pass, on each rank.
-        accelerator (`Any`):
-            With several processes; None with one.
-        progress (`bool`):
-            Whether progress bars are shown.
-    """
-
-    model: Any
-    pad_token_id: int
-    batch_size: int = 16
-    accelerator: Any = None
-    progress: bool = False
-
-    def options(self, text: str) -> dict[str, Any]:
-        """Arguments that [`capture`] and [`next_token_odds`] share."""
-        return {
-            "pad_token_id": self.pad_token_id,
-            "batch_size": self.batch_size,
-            "accelerator": self.accelerator,
-            "description": text if self.progress else None,
-        }
-
-    def odds(self, rows: Sequence[Mapping[str, Any]], pairs: Pairs, edits: Sequence[LayerEdit] = ()) -> Odds:
-        """Log-odds of the pairs with edits in force."""
-        with edits_in_force(self.model, tuple(edits)):
-            return next_token_odds(self.model, rows, pairs, **self.options("measuring"))
-
-    def at(
-        self, rows: Sequence[Mapping[str, Any]], layer: int, positions: Any, edits: Sequence[LayerEdit] = ()
-    ) -> Captured:
-        """Inputs and outputs of one matrix with edits of earlier blocks in force."""
-        with edits_in_force(self.model, tuple(edits)):
-            return capture(self.model, rows, [layer], positions=positions, **self.options("reading activations"))[
-                layer
-            ]
-
-
-class Places:
-    """
-    Given tokens of given rows, as positions of [`capture`].
-
-    Args:
-        places (`Sequence[tuple[int, int]]`):
-            (row, token).
-    """
-
-    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
-        self.by_row: dict[int, list[int]] = {}
-        for row, token in places:
-            self.by_row.setdefault(row, []).append(token)
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The mask `(B, T)`."""
-        mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        first = batch["attention_mask"].argmax(1).tolist()
-        for at, row in enumerate(batch["index"].tolist()):
-            for token in self.by_row.get(row, ()):
-                mask[at, first[at] + token] = True
-        return mask
+_ROUNDING = 1e-4  # nats of log-odds that another batch may differ by
+_CLOSE = 0.1  # nats above what is allowed that are told but not refused
 
 
 def retain_metric(captured: Captured | None, *, limit: int, ridge: float, seed: int) -> Metric:
@@ -157,18 +92,33 @@ def plan_by_probability(
 
     Returns:
         The edits, one for each block, and the log-odds `(K,)` with all of them in force.
+
+    Raises:
+        ValueError: no edit that reaches the probability is found.
     """
     wanted = float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
     weighed = Weighed(rows=retain_rows, limit=retain_limit, ridge=ridge, seed=seed)
     before = after = run.odds(rows, pairs)
     edits = [_nothing(run.model, layer) for layer in layers]
-    active = before.values > wanted - _FAR
+    active = before.values > (wanted - _FAR if len(pairs) > _FEW else -torch.inf)
     for _ in range(_ROUNDS if bool((before.values > wanted).any()) else 0):
         edits = _edits(run, rows, pairs.chosen(active), before.values[active], wanted, layers, weighed, solver)
         after = run.odds(rows, pairs, edits)
         if not bool(((after.values > wanted) & ~active).any()):
             break
         active = active | (after.values > wanted - _FAR / 2)
+    highest = float(after.values.max())
+    if highest > wanted + _CLOSE:
+        raise ValueError(
+            f"No edit of blocks {list(layers)} was found under which every word has at most a probability of "
+            f"{probability:g}: the lowest leaves one of them {float(after.probabilities().max()):.2g}. Allow that "
+            "(probability=...), choose more blocks (layers=...), or ask for fewer words."
+        )
+    if highest > wanted + _ROUNDING:
+        logger.warning(
+            f"A word has a probability of {float(after.probabilities().max()):.4g} at one of its places, a little "
+            f"above {probability:g}."
+        )
     return edits, after
 
 
@@ -208,18 +158,19 @@ def _edits(
         # a pair that is low enough may rise up to what is allowed
         target = torch.where(odds > wanted, odds - share * (odds - wanted), wanted)
         read = run.at(rows, layer, Places(places), edits)
+        at = _rows_of(read, places)
         problem = LevelProblem(
             inputs=read.inputs,
             outputs=read.outputs,
             directions=directions,
-            places=_rows_of(read, places)[of_pair],
+            places=at[of_pair],
             columns=columns,
             before=odds,
             target=target,
             metric=weighed.metric(run, layer, edits),
             solver=solver,
         )
-        found = search_levels(problem, partial(_measured, run, rows, pairs, tuple(edits), layer))
+        found = _search(problem, run, rows, pairs, tuple(edits), layer)
         certificate = {
             **found.edit.certificate.as_dict(),
             "reached": found.reached,
@@ -229,6 +180,25 @@ def _edits(
         edits.append(layer_edit(run.model, layer, found.edit, certificate=certificate))
         odds = found.odds
     return edits
+
+
+def _search(
+    problem: LevelProblem,
+    run: Run,
+    rows: Sequence[Mapping[str, Any]],
+    pairs: Pairs,
+    below: Sequence[LayerEdit],
+    layer: int,
+) -> Found:
+    """The search, with the last block's shortcut where the model agrees with it on what came out."""
+    real = partial(_measured, run, rows, pairs, below, layer)
+    if LastBlock.fits(run, layer):
+        view = LastBlock(run, rows, pairs, problem.inputs, problem.places, below)
+        found = search_levels(problem, view.odds)
+        odds = real(found.edit)
+        if view.agrees(found.odds, odds):
+            return replace(found, odds=odds)
+    return search_levels(problem, real)
 
 
 def _measured(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -157,13 +158,17 @@ class EditPlan:
             ValueError: no plan there, one of another format, or factors that do not belong to it.
         """
         folder = Path(folder)
+        for name in (PLAN_FILE, FACTORS_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no edit plan ({name} is missing).")
         try:
             found = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-            factors = load_file(folder / FACTORS_FILE)
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} holds no edit plan ({Path(error.filename).name} is missing).") from error
         except ValueError as error:
             raise ValueError(f"{folder / PLAN_FILE} is not readable as JSON: {error}.") from error
+        try:
+            factors = load_file(folder / FACTORS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / FACTORS_FILE} is not readable as safetensors: {error}.") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             given = found.get("format") if isinstance(found, dict) else type(found).__name__
             raise ValueError(f"{folder / PLAN_FILE} has format {given!r}; this version reads format {FORMAT}.")

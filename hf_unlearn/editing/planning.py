@@ -23,14 +23,18 @@ from .edit_rows import Row, edit_rows, prompt_of, word_pairs
 from .levels import plan_by_level, plan_points_by_probability
 from .measures import Judge, edited_answers, measure_edits
 from .odds import Pairs
-from .pcr import Run, plan_by_probability
+from .passes import Run
+from .pcr import plan_by_probability
 from .plan import EditPlan, LayerEdit
+from .plan_regions import plan_regions
 from .variants import with_variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
+
+_HELD_OUT = 200  # retain rows beside those that are weighed, to measure on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ def plan_edit(
     retain_dataset: Any = None,
     attack_dataset: Any = None,
     judge: Judge = attack_succeeds,
+    measure: bool = True,
     accelerator: Any = None,
     progress: bool = True,
 ) -> EditPlan:
@@ -80,6 +85,8 @@ def plan_edit(
             Jailbreak prompts, only measured on.
         judge (`Callable[[str, str], bool]`, *optional*):
             Whether an answer to a prompt is a success of the attack; by default one that does not refuse.
+        measure (`bool`, *optional*, defaults to `True`):
+            Whether to generate and measure before and after; without it `measures` says how the plan was made only.
         accelerator (`Accelerator`, *optional*):
             With several processes; every one makes the same plan.
         progress (`bool`, *optional*, defaults to `True`):
@@ -96,9 +103,9 @@ def plan_edit(
     """
     task = _task(model, tokenizer, dataset, config or EditConfig(), retain_dataset, accelerator, progress)
     if task.config.method != "pcr":
-        from .plan_regions import plan_regions
-
-        edits, extra = plan_regions(task.run, task.rows, task.concepts, task.retain, task.layers, task.config)
+        edits, extra = plan_regions(
+            task.run, tokenizer, task.rows, task.concepts, task.retain, task.layers, task.config
+        )
     else:
         edits, extra = _plan_pcr(task)
     plan = EditPlan(
@@ -107,7 +114,7 @@ def plan_edit(
         settings=task.config.as_settings(),
         versions=library_versions(),
     )
-    return plan.with_measures(**extra, **_measure(task, edits, attack_dataset, judge))
+    return plan.with_measures(**extra, **(_measure(task, edits, attack_dataset, judge) if measure else {}))
 
 
 def verify_plan(
@@ -180,10 +187,13 @@ def _task(
             "neither weighed nor measured."
         )
     else:
-        every = edit_rows(retain_dataset, tokenizer, name="retain", max_length=config.max_length)
-        order = np.random.default_rng(config.seed).permutation(len(every)).tolist()
-        retain = [every[number] for number in order[: config.retain_examples]]
-        held_out = [every[number] for number in order[config.retain_examples :][:200]] or None
+        order = np.random.default_rng(config.seed).permutation(len(retain_dataset))
+        chosen = order[: config.retain_examples + _HELD_OUT].tolist()
+        few = (
+            retain_dataset.select(chosen) if hasattr(retain_dataset, "select") else [retain_dataset[i] for i in chosen]
+        )
+        every = edit_rows(few, tokenizer, name="retain", max_length=config.max_length)
+        retain, held_out = every[: config.retain_examples], every[config.retain_examples :] or None
     run = Run(
         model=model,
         pad_token_id=padding_id(tokenizer),
@@ -214,22 +224,23 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any]]:
     """Edits, and how many places each round of generation added."""
     config, tokenizer = task.config, task.tokenizer
     special = sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
-    fixed, added = list(task.rows), list[int]()
+    by_name = config.positions != "occurrence"
+    said, added = ([] if by_name else list(task.rows)), list[int]()
     while True:
-        copies = config.variants if config.positions == "occurrence" else 0
-        rows = with_variants(fixed, count=copies, protected=special, seed=config.seed)
-        pairs = word_pairs(tokenizer, rows, task.concepts, config.positions, task.bos_token_id)
+        rows = with_variants(said, count=config.variants, protected=special, seed=config.seed) if said else []
+        pairs = word_pairs(tokenizer, rows, task.concepts, "occurrence", task.bos_token_id) if said else Pairs.of([])
+        if by_name:  # places of the rows themselves, and those where generated answers say a word
+            named = word_pairs(tokenizer, task.rows, task.concepts, config.positions, task.bos_token_id)
+            pairs, rows = named.and_then(pairs, len(task.rows)), [*task.rows, *rows]
         edits = _solve(task, rows, pairs)
         if len(added) >= config.generation_rounds:
             break
         answers = _answers(task, edits)
-        fresh = [row for row in answers if find_occurrences(tokenizer, [row], task.concepts) and row not in fixed]
+        fresh = [row for row in answers if find_occurrences(tokenizer, [row], task.concepts) and row not in said]
         added.append(len(fresh))
         if not fresh:
             break
-        if config.positions != "occurrence" and not config.has_level:
-            break
-        fixed += fresh
+        said += fresh
     return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}
 
 
@@ -262,6 +273,9 @@ def _answers(task: _Task, edits: Sequence[LayerEdit]) -> list[Row]:
     texts = edited_answers(task.run, task.tokenizer, task.rows, edits, max_new_tokens=task.config.max_new_tokens)
     rows = []
     for row, text in zip(task.rows, texts, strict=True):
-        prompt, ids = prompt_of(row), task.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt = prompt_of(row)
+        said = task.tokenizer.decode(row["input_ids"][len(prompt) :])
+        space = said[: len(said) - len(said.lstrip())]  # generated text comes without the space that it began with
+        ids = task.tokenizer(space + text, add_special_tokens=False)["input_ids"]
         rows.append({"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids})
     return rows

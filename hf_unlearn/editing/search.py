@@ -18,6 +18,9 @@ Measure = Callable[[Edit], Tensor]
 _ROUNDS = 16
 _ABOVE = 1e-6  # nats of log-odds that rounding explains
 _NEAR = 0.5  # nats below the target, of the pair that is highest, at which a search ends
+_GAIN = 0.01  # share of the cost that another round has to save
+_PATIENCE = 6  # rounds after which nothing is given back until all is low enough
+_GROWTH = 100.0  # factor of the cost that has to buy a fall of _NEAR
 _AIM = 0.05  # nats beyond the target that are aimed at, so that the last step does not stop just short
 
 
@@ -115,7 +118,9 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
     is nearly certain stays so for a while), so that each round adds to the move m_k that the last edit made what is
     left, over the slope: $s_k \leftarrow m_k + (q_k' - q^*_k) / \sigma$, with $\sigma$ the fall over the move of that
     pair of the same place that had farthest to go. A pair that starts low enough is left free until another edit
-    lifts it: where a likely token falls, all others rise.
+    lifts it: where a likely token falls, all others rise. Once there are shifts that are enough and shifts that are
+    not, what is between them is halved. A search ends where nothing more is saved, or where edits cost a hundredfold
+    and log-odds do not follow: the final norm bounds them, and no edit of this matrix reaches the target.
 
     Args:
         problem ([`LevelProblem`]):
@@ -128,23 +133,39 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
     wanted = problem.before - problem.target
     shifts = torch.where(wanted > 0, wanted, -torch.inf)
     best: Found | None = None
+    low: Tensor | None = None  # shifts that were not enough, and shifts that were
+    high: Tensor | None = None
+    bought = (torch.inf, torch.inf)  # cost and excess of the last round that was worth its cost
     history: list[dict[str, float]] = []
-    for _ in range(max_rounds):
+    for number in range(max_rounds):
         edit = problem.solve(shifts)
         odds = measure(edit)
         excess = odds - problem.target
         cost, worst = edit.certificate.cost, float(excess.max())
         history.append({"cost": cost, "excess": worst})
         reached = worst <= _ABOVE
+        if not reached and high is None:
+            if worst > bought[1] - _NEAR and cost > _GROWTH * bought[0]:
+                break  # the final norm bounds log-odds: a larger edit would only ruin the model
+            bought = (cost, worst) if worst <= bought[1] - _NEAR else bought
+        saves_little = best is not None and best.reached and cost > (1.0 - _GAIN) * best.edit.certificate.cost
         if _is_better(reached, cost, worst, best, problem):
             best = Found(edit=edit, odds=odds, reached=reached)
-        if (reached and worst > -_NEAR) or edit.certificate.rank == 0:
+            high = shifts if reached else high
+        low = low if reached else shifts
+        if edit.certificate.rank == 0 or (reached and (worst > -_NEAR or saves_little)):
             break
+        if low is not None and high is not None:  # steps would go to and fro where log-odds bend
+            free = torch.isneginf(low) | torch.isneginf(high)
+            shifts = torch.where(free, torch.maximum(low, high), (low + high) / 2.0)
+            continue
         moves, fall = problem.moves(edit), problem.before - odds
         slopes = _slopes(problem, moves, fall)
         bound = ~torch.isneginf(shifts) | (excess > 0)
         # what a pair has to spare is given back by halves: pairs of one place lift each other
-        change = torch.where(excess < -_AIM, excess / 2.0, excess + _AIM)
+        give = 0.5 if number < _PATIENCE else 0.0
+        beyond = _AIM if number < _PATIENCE else _AIM + max(worst, 0.0)  # pairs that push each other up
+        change = torch.where(excess < -_AIM, give * excess, excess + beyond)
         shifts = torch.where(bound, moves + change / slopes, -torch.inf)
     assert best is not None, "the first round makes one"
     return Found(edit=best.edit, odds=best.odds, reached=best.reached, history=history)

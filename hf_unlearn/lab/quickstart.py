@@ -63,14 +63,16 @@ QUICKSTART_PRISM = LabMethod(
     },
 )
 QUICKSTART_METHODS = {"primal-dual": QUICKSTART_METHOD, "prism": QUICKSTART_PRISM}
+QUICKSTART_CHOICES = (*QUICKSTART_METHODS, "edit")
 RETAIN_ROWS = 80
 SHOWN_PER_PART = 4
 
 
 @dataclass
 class Stopwatch:
-    """Seconds of each phase."""
+    """Seconds of each phase, and when it all started."""
 
+    started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -98,7 +100,8 @@ def run_quickstart(
         output_dir (`str` or `Path`, *optional*, defaults to `"outputs/quickstart"`):
             Receives `model/` (with its card), `results.json`, `report.html` and `plots/`.
         method (`str`, *optional*, defaults to `"primal-dual"`):
-            `"primal-dual"` or `"prism"`: which trainer unlearns.
+            `"primal-dual"` or `"prism"`: which trainer unlearns. `"edit"`: no trainer, but a constrained edit of a
+            weight matrix that makes the names in answers about these authors unreachable.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the world, of the training and of the unlearning.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -107,33 +110,38 @@ def run_quickstart(
     Returns:
         [`Results`]: what `results.json` holds.
     """
-    if method not in QUICKSTART_METHODS:
-        raise ValueError(f"method is {method!r}; expected one of: {', '.join(QUICKSTART_METHODS)}.")
+    if method not in QUICKSTART_CHOICES:
+        raise ValueError(f"method is {method!r}; expected one of: {', '.join(QUICKSTART_CHOICES)}.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # an unwritable place is found before any compute is spent
-    started = time.perf_counter()
     clock = Stopwatch()
-    data = world_data(make_world(seed))
+    world = make_world(seed)
+    data = world_data(world)
     recipe = LabRecipe(**{**QUICKSTART_RECIPE.__dict__, "seed": seed})
     with clock("train_target"):
         target = train_target(data, recipe, use_cache=use_cache)
     with clock("train_reference"):
         reference = train_retain_only(data, recipe, use_cache=use_cache)
+    if method == "edit":
+        from .edit_quickstart import run_edit_quickstart
+
+        return run_edit_quickstart(folder, world, target, reference, clock, seed=seed)
     scores: dict[str, TofuScores] = {}
     with clock("evaluate"):
-        scores["target"] = _score(target.model, target, data, "target")
-        scores["reference"] = _score(reference.model, reference, data, "reference")
+        scores["target"] = score_lab_model(target.model, target, data, "target")
+        scores["reference"] = score_lab_model(reference.model, reference, data, "reference")
     with clock("unlearn"):
         run = run_method(QUICKSTART_METHODS[method], target.model, target.tokenizer, data, seed=seed)
     with clock("evaluate"):
-        scores["unlearned"] = _score(run.model, target, data, "unlearned")
-    clock.seconds["total"] = time.perf_counter() - started
+        scores["unlearned"] = score_lab_model(run.model, target, data, "unlearned")
+    clock.seconds["total"] = time.perf_counter() - clock.started
     results = build_results(run, scores, data, seconds=clock.seconds, seed=seed, model_name=describe(target))
     write_run(folder, run, results)
     return results
 
 
-def _score(model: Any, lab: LabModel, data: LabData, name: str) -> TofuScores:
+def score_lab_model(model: Any, lab: LabModel, data: LabData, name: str) -> TofuScores:
+    """TOFU's scores of a model of the quickstart, with the tokenizer of `lab`; `name` is for the progress bars."""
     return score_model(
         model, lab.tokenizer, data, retain_limit=RETAIN_ROWS, max_new_tokens=48, description=f"evaluating {name}:"
     )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .tables import markdown_constraints, markdown_table, results_table
     from .verdict import Check, Verdict, judge
     from .versions import library_versions
+    from .word_plot import word_figure
+    from .words import Words, words_of
 
 _WHERE = {
     "Check": "verdict",
@@ -23,6 +25,7 @@ _WHERE = {
     "ModelScores": "schema",
     "Results": "schema",
     "Verdict": "verdict",
+    "Words": "words",
     "constraint_figure": "plots",
     "dual_figure": "plots",
     "forget_figure": "plots",
@@ -35,6 +38,8 @@ _WHERE = {
     "results_table": "tables",
     "save_plots": "plots",
     "truth_ratio_figure": "plots",
+    "word_figure": "word_plot",
+    "words_of": "words",
     "write_report": "html",
     "write_results": "schema",
 }
@@ -46,6 +51,7 @@ __all__ = [
     "ModelScores",
     "Results",
     "Verdict",
+    "Words",
     "constraint_figure",
     "dual_figure",
     "forget_figure",
@@ -58,6 +64,8 @@ __all__ = [
     "results_table",
     "save_plots",
     "truth_ratio_figure",
+    "word_figure",
+    "words_of",
     "write_report",
     "write_results",
 ]

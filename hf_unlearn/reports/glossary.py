@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .formats import plain_words
 from .schema import SUBJECTS, Results
+from .words import words_of
 
-Goal = Literal["reference", "target", "high", ""]
+Goal = Literal["reference", "target", "high", "low", ""]
 GOALS: dict[Goal, str] = {
     "reference": "as the reference",
     "target": "as the target",
     "high": "high",
+    "low": "low",
     "": "",
 }
 
@@ -25,7 +27,7 @@ class Metric:
         name (`str`): key in results.json.
         label (`str`): title in tables.
         meaning (`str`): definition in one or two sentences.
-        goal (`"reference"`, `"target"`, `"high"` or `""`): whose score the unlearned model should have.
+        goal (`"reference"`, `"target"`, `"high"`, `"low"` or `""`): whose score the unlearned model should have.
         unit_interval (`bool`, *optional*, defaults to `True`): whether the score lies in [0, 1].
     """
 
@@ -38,7 +40,40 @@ class Metric:
 
 _PROBABILITY = "Mean over examples of exp(-NLL), NLL the mean negative log-likelihood of the right answer's tokens"
 
+_WORD = "Probability of a word that an edit was to make unreachable, where the right answer says it"
+
 KNOWN: tuple[Metric, ...] = (
+    Metric(
+        name="words_largest_probability",
+        label="Likeliest word, questions as edited",
+        meaning=f"{_WORD}: the largest, under the questions that the edit was made for.",
+        goal="low",
+    ),
+    Metric(
+        name="words_median_probability",
+        label="Median word, questions as edited",
+        meaning=f"{_WORD}: the median, under the questions that the edit was made for.",
+        goal="low",
+    ),
+    Metric(
+        name="words_reworded_largest_probability",
+        label="Likeliest word, questions reworded",
+        meaning=f"{_WORD}: the largest, when the questions are asked in other words. Nothing guarantees it.",
+        goal="low",
+    ),
+    Metric(
+        name="words_reworded_median_probability",
+        label="Median word, questions reworded",
+        meaning=f"{_WORD}: the median, when the questions are asked in other words. Nothing guarantees it.",
+        goal="low",
+    ),
+    Metric(
+        name="neighbour_probability",
+        label="Other facts of the same authors",
+        meaning=f"{_PROBABILITY}, on questions about the same authors whose answers say none of the words: an edit "
+        "should leave them as they are.",
+        goal="target",
+    ),
     Metric(
         name="forget_probability",
         label="Forget probability",
@@ -128,7 +163,10 @@ def metric(name: str) -> Metric:
 
 
 def metrics_of(results: Results) -> tuple[Metric, ...]:
-    """The metrics that at least one model of `results` has: known ones in the order above, then the others."""
+    """
+    The metrics that at least one model of `results` has: known ones in the order above, then the others. An edit does
+    not aim at scoring on the forget set as the reference does: there they have no goal.
+    """
     names = {
         name: None
         for subject in SUBJECTS
@@ -136,4 +174,7 @@ def metrics_of(results: Results) -> tuple[Metric, ...]:
         for name in scores.as_dict()
         if name != "standard_error"
     }
-    return (*(entry for entry in KNOWN if entry.name in names), *(metric(n) for n in names if n not in _BY_NAME))
+    found = (*(entry for entry in KNOWN if entry.name in names), *(metric(n) for n in names if n not in _BY_NAME))
+    if words_of(results) is None:
+        return found
+    return tuple(replace(entry, goal="") if entry.goal == "reference" else entry for entry in found)

@@ -16,8 +16,10 @@ from .overlap import leaked_words
 from .plots import constraint_figure, dual_figure, forget_figure, truth_ratio_figure
 from .schema import SUBJECTS, Generation, Results, as_results, write_text
 from .svg import figure_svg
-from .tables import TITLES, score_rows
-from .verdict import FORGET_SLACK, INDISTINGUISHABLE, KEEP_YES, judge
+from .tables import score_rows, titles
+from .verdict import FORGET_SLACK, INDISTINGUISHABLE, KEEP_YES, REWORDED, judge
+from .word_plot import word_figure
+from .words import words_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 SHOWN_GENERATIONS = 4
 """Questions of each part that are open; the others fold away."""
+_EDITED_NOTE = "Marked words repeat the right answer: those edited should vanish, the sentence around them may stay."
 SUBJECT_NOTES = {"target": "before unlearning", "unlearned": "after", "reference": "never saw the data"}
 
 
@@ -61,7 +64,8 @@ def render_report(results: Results | Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         results=results,
         verdict=judge(results),
-        subjects=[{"name": name, "title": TITLES[name], "note": SUBJECT_NOTES[name]} for name in SUBJECTS],
+        subjects=[{"name": name, "title": titles(results)[name], "note": SUBJECT_NOTES[name]} for name in SUBJECTS],
+        words=words_of(results),
         scores=_score_context(results),
         has_errors=any(scores is not None and scores.standard_error for scores in results.scores().values()),
         plots=_plots(results),
@@ -70,7 +74,12 @@ def render_report(results: Results | Mapping[str, Any]) -> str:
         phases=_phases(results),
         settings=[(key, _setting(value)) for key, value in results.settings.items()],
         forget_quality=formats.p_value(results.forget_quality, results.forget_quality_log10),
-        limits={"slack": FORGET_SLACK, "keep": formats.percent(KEEP_YES), "p": INDISTINGUISHABLE},
+        limits={
+            "slack": FORGET_SLACK,
+            "keep": formats.percent(KEEP_YES),
+            "p": INDISTINGUISHABLE,
+            "reworded": REWORDED,
+        },
         answers={"yes": ("✓", "Yes"), "partly": ("~", "Partly"), "no": ("✕", "No"), "unknown": ("?", "Unknown")},
         format_loss=formats.loss,
         format_score=formats.score,
@@ -103,6 +112,18 @@ def _score_context(results: Results) -> list[dict[str, Any]]:
 
 def _plots(results: Results) -> list[Plot]:
     history, constraints = results.history, results.constraints
+    words = words_of(results)
+    if words is not None:
+        return [
+            _plot(
+                "words",
+                "The words before and after",
+                "Each dot is a word where an answer says it. The edit holds the first token of each below the dashed "
+                "line under the questions it was made for; what happens under the reworded ones is measured, and "
+                "nothing guarantees it.",
+                word_figure(words),
+            )
+        ]
     return [
         _plot(
             "forget",
@@ -145,24 +166,26 @@ def _plot(name: str, title: str, caption: str, figure: Figure | None) -> Plot:
 
 def _generations(results: Results) -> list[dict[str, Any]]:
     parts = (
-        ("forget", "Questions to forget", "Marked words repeat the right answer: they should vanish."),
+        ("forget", "Questions that ask for the words", _EDITED_NOTE)
+        if words_of(results) is not None
+        else ("forget", "Questions to forget", "Marked words repeat the right answer: they should vanish."),
         ("retain", "Questions to keep", "Marked words repeat the right answer: they should stay."),
     )
     groups = []
     for part, title, note in parts:
-        rows = [_generation(row) for row in results.generations if row.part == part]
+        rows = [_generation(row, titles(results)) for row in results.generations if row.part == part]
         if rows:
             groups.append({"part": part, "title": title, "note": note, "rows": rows})
     return groups
 
 
-def _generation(row: Generation) -> dict[str, Any]:
+def _generation(row: Generation, title: Mapping[str, str]) -> dict[str, Any]:
     answers = []
     for subject in SUBJECTS:
         text = getattr(row, subject)
         if text is not None:
             pieces = leaked_words(text, row.answer, row.question)
-            answers.append({"subject": subject, "title": TITLES[subject], "pieces": pieces, "empty": not text.strip()})
+            answers.append({"subject": subject, "title": title[subject], "pieces": pieces, "empty": not text.strip()})
     return {"question": row.question, "answer": row.answer, "answers": answers}
 
 

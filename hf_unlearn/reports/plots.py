@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+    from .words import Words
+
 WIDTH, PANEL = 4.8, 2.0
 """Inches: text of 10 points in a figure this wide is readable at the width of a phone."""
 LOG_FROM = 30.0
@@ -170,8 +172,9 @@ def save_plots(
     *,
     forget_level: float | None = None,
     truth_ratios: Mapping[str, Iterable[float]] | None = None,
+    words: Words | None = None,
 ) -> list[Path]:
-    """Draw what can be drawn into PNG files: forget_loss, retain_loss, dual, truth_ratio.
+    """Draw what can be drawn into PNG files: forget_loss, retain_loss, dual, truth_ratio, words.
 
     Args:
         history (`Sequence[Mapping]`): the trainer's log dicts, as in `trainer.state.log_history`.
@@ -179,11 +182,14 @@ def save_plots(
         out_dir (`str` or `os.PathLike`): the folder; it is made.
         forget_level (`float`, *optional*): NLL in nats at which forgetting stops.
         truth_ratios (`Mapping[str, Iterable[float]]`, *optional*): see [`truth_ratio_figure`].
+        words ([`Words`], *optional*): see [`word_figure`].
 
     Returns:
         `list[Path]`: the files written; figures without data are left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from .word_plot import word_figure
 
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,6 +198,7 @@ def save_plots(
         "retain_loss": lambda: constraint_figure(history, constraints),
         "dual": lambda: dual_figure(history, constraints),
         "truth_ratio": lambda: truth_ratio_figure(truth_ratios or {}),
+        "words": lambda: None if words is None else word_figure(words),
     }
     paths = []
     for name, build in builders.items():

@@ -88,25 +88,27 @@ class ModelScores:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstraintOutcome:
-    """A retain constraint at the end of training: `loss` at most `eps`, and the price that was paid for it.
+    """A constraint at the end of a run: `loss` at most `eps`, and the price that was paid for it.
 
     Args:
-        name (`str`): name of the retain set.
-        eps (`float`): the limit, in the units of the retain loss (nats per token for NLL).
-        loss (`float`): the retain loss of the returned model.
-        multiplier (`float`): the dual variable at the end.
+        name (`str`): name of the retain set, or `"reach"` for an edit.
+        eps (`float`): the limit, in the units of the retain loss (nats per token for NLL); of an edit the wanted
+            probability.
+        loss (`float`): the retain loss of the returned model; of an edit the largest probability of a word's first
+            token at the places that it constrains.
+        multiplier (`float`, *optional*): the dual variable at the end; None for an edit, which has one for each place.
         feasible (`bool`): whether the returned model satisfies the constraint, as the trainer decided it.
     """
 
     name: str
     eps: float
     loss: float
-    multiplier: float
+    multiplier: float | None
     feasible: bool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", str(self.name))
-        for name in ("eps", "loss", "multiplier"):
+        for name in ("eps", "loss", *([] if self.multiplier is None else ["multiplier"])):
             object.__setattr__(self, name, to_number(getattr(self, name), f"constraints[{self.name}].{name}"))
         object.__setattr__(self, "feasible", bool(self.feasible))
 

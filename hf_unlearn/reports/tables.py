@@ -10,11 +10,17 @@ from . import formats
 from .glossary import GOALS, Metric, metrics_of
 from .schema import SUBJECTS, ModelScores, Results, as_results
 from .verdict import INDISTINGUISHABLE, judge
+from .words import words_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TITLES = {"target": "Target", "unlearned": "Unlearned", "reference": "Reference"}
+_TITLES = {"target": "Target", "unlearned": "Unlearned", "reference": "Reference"}
+
+
+def titles(results: Results) -> dict[str, str]:
+    """What the three models are called in tables."""
+    return _TITLES if words_of(results) is None else {**_TITLES, "unlearned": "Edited"}
 
 
 def score_rows(results: Results | Mapping[str, Any]) -> list[tuple[Metric, dict[str, str]]]:
@@ -40,9 +46,9 @@ def results_table(results: Results | Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     results = as_results(results)
-    verdict = judge(results)
+    verdict, edited = judge(results), words_of(results) is not None
     table = Table(
-        title=Text(f"Unlearning results: {results.method}"),
+        title=Text(f"Results: {results.method}" if edited else f"Unlearning results: {results.method}"),
         caption=Text(verdict.text),
         title_justify="left",
         caption_justify="left",
@@ -50,16 +56,17 @@ def results_table(results: Results | Mapping[str, Any]) -> Table:
     )
     table.add_column("")
     for subject in SUBJECTS:
-        table.add_column(TITLES[subject], justify="right", style="bold" if subject == "unlearned" else "")
+        table.add_column(titles(results)[subject], justify="right", style="bold" if subject == "unlearned" else "")
     table.add_column("should be", style="dim")
     for metric, cells in score_rows(results):
         table.add_row(Text(metric.label), *(Text(cells[subject]) for subject in SUBJECTS), Text(GOALS[metric.goal]))
     table.add_section()
     quality = formats.p_value(results.forget_quality, results.forget_quality_log10)
-    table.add_row(Text("Forget quality (p)"), Text(""), Text(quality), Text(""), Text(f"> {INDISTINGUISHABLE}"))
+    if not edited:
+        table.add_row(Text("Forget quality (p)"), Text(""), Text(quality), Text(""), Text(f"> {INDISTINGUISHABLE}"))
     for constraint in results.constraints:
         table.add_row(
-            Text(f"Loss of {constraint.name}"),
+            Text("Likeliest first token" if edited else f"Loss of {constraint.name}"),
             Text(""),
             Text(formats.loss(constraint.loss), style="" if constraint.feasible else "red"),
             Text(""),
@@ -70,15 +77,16 @@ def results_table(results: Results | Mapping[str, Any]) -> Table:
 
 
 def markdown_table(results: Results | Mapping[str, Any]) -> str:
-    """The scores as a Markdown table, with forget quality as the last row."""
+    """The scores as a Markdown table, with forget quality as the last row; an edit has none."""
     results = as_results(results)
-    header = ["Metric", *(TITLES[subject] for subject in SUBJECTS), "Should be"]
+    header = ["Metric", *(titles(results)[subject] for subject in SUBJECTS), "Should be"]
     rows = [
         [metric.label, *(cells[subject] for subject in SUBJECTS), GOALS[metric.goal]]
         for metric, cells in score_rows(results)
     ]
     quality = formats.p_value(results.forget_quality, results.forget_quality_log10)
-    rows.append(["Forget quality (KS p-value)", "", quality, "", f"> {INDISTINGUISHABLE}"])
+    if words_of(results) is None:
+        rows.append(["Forget quality (KS p-value)", "", quality, "", f"> {INDISTINGUISHABLE}"])
     return markdown(header, rows, align="lrrrl")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from . import formats
 from .schema import ModelScores, Results, as_results
+from .words import Words, words_of
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
@@ -18,6 +19,8 @@ KEEP_YES, KEEP_PARTLY = 0.95, 0.80
 """Shares of the target's retain probability that count as kept, and as partly kept."""
 INDISTINGUISHABLE = 0.05
 """p-value of the KS test above which the models are not told apart (TOFU, arXiv 2401.06121)."""
+REWORDED = 0.01
+"""Probability below which a word counts as unreachable also where nothing guarantees it."""
 MEMBERSHIP_SLACK = 0.2
 """How far from 0.5 the membership AUC against the reference may be before it tells the models apart."""
 
@@ -27,7 +30,7 @@ class Check:
     """One question, its answer, and the numbers it rests on.
 
     Args:
-        name (`str`): "forgotten", "kept", "feasible" or "indistinguishable".
+        name (`str`): "forgotten" ("unreachable" for an edit), "kept", "feasible" or "indistinguishable".
         question (`str`): the question in plain words.
         answer (`"yes"`, `"partly"`, `"no"` or `"unknown"`): the answer.
         reason (`str`): one or two sentences with the numbers.
@@ -63,8 +66,14 @@ def judge(results: Results | Mapping[str, Any]) -> Verdict:
     * feasible: every constraint is.
     * indistinguishable: forget quality p > 0.05; partly when the membership AUC, where it was measured, is further
       than 0.2 from 0.5.
+
+    For an edit the first question is whether its words are unreachable (as wanted at its own places; partly when a
+    word has more than 1% under other questions), and the last one is not asked.
     """
     results = as_results(results)
+    words = words_of(results)
+    if words is not None:
+        return _judge_edit(results, words)
     checks = (_forgotten(results), _kept(results), _feasible(results), _indistinguishable(results))
     forgotten, kept, feasible, indistinguishable = (check.answer for check in checks)
     counted = [check.answer for check in checks if check.answer != "unknown"]
@@ -78,6 +87,44 @@ def judge(results: Results | Mapping[str, Any]) -> Verdict:
         answer="no" if "no" in (forgotten, kept) else answer,
         checks=checks,
     )
+
+
+def _judge_edit(results: Results, words: Words) -> Verdict:
+    unreachable, kept, feasible = checks = (_unreachable(results, words), _kept(results), _feasible(results))
+    given = {check.answer for check in (unreachable, kept)}
+    answer: Answer = "unknown" if "unknown" in given else "no" if "no" in given else "partly"
+    if given == {"yes"} and feasible.answer == "yes":
+        answer = "yes"
+    first = {
+        "yes": "The words became unreachable",
+        "partly": "The words became unreachable where the edit constrains them, but not all of them elsewhere",
+        "no": "The words can still be reached",
+    }
+    second = {"yes": "the rest was kept", "partly": "a part of the rest was lost", "no": "the rest was lost"}
+    if answer == "unknown":
+        headline, detail = "There is no verdict: what it would rest on is missing.", ""
+    else:
+        headline = f"{first[unreachable.answer]}; {second[kept.answer]}."
+        detail = "Only the constrained places are guaranteed, and whoever has the weights can take the edit out."
+    return Verdict(headline=headline, detail=detail, answer=answer, checks=checks)
+
+
+def _unreachable(results: Results, words: Words) -> Check:
+    question = "Are the words unreachable?"
+    before, after = words.largest("own", "target"), words.largest("own", "unlearned")
+    if before is None or after is None or not results.constraints:
+        return Check(name="unreachable", question=question, answer="unknown", reason="It was not measured.")
+    reason = (
+        f"Under the questions that the edit was made for, the likeliest word went from {formats.score(before)} to "
+        f"{formats.score(after)}"
+    )
+    answer: Answer = "yes" if all(constraint.feasible for constraint in results.constraints) else "no"
+    elsewhere = words.largest("reworded", "unlearned")
+    if elsewhere is not None:
+        reason += f"; under the same questions reworded from {formats.score(words.largest('reworded', 'target'))} to "
+        reason += formats.score(elsewhere)
+        answer = "partly" if answer == "yes" and elsewhere > REWORDED else answer
+    return Check(name="unreachable", question=question, answer=answer, reason=f"{reason}.")
 
 
 def _headline(forgotten: Answer, kept: Answer, feasible: Answer, indistinguishable: Answer) -> tuple[str, str]:
@@ -156,6 +203,10 @@ def _feasible(results: Results) -> Check:
         return Check(name="feasible", question=question, answer="no", reason=reason)
     if len(results.constraints) == 1:
         only = results.constraints[0]
+        if only.multiplier is None:
+            reason = f"The likeliest first token of a word has {formats.score(only.loss)}; at most "
+            reason += f"{formats.score(only.eps)} was wanted."
+            return Check(name="feasible", question=question, answer="yes", reason=reason)
         reason = f"The retain loss ended at {formats.loss(only.loss)}, its limit eps is {formats.loss(only.eps)}."
     else:
         reason = f"Each of the {len(results.constraints)} retain losses ended at or below its limit eps."

@@ -74,6 +74,7 @@ def write_model_card(
         held_out=args.retain_eval_size > 0,
         all_feasible=all(row["feasible"] for row in feasibility or []),
         results_table=results_table,
+        sections=_sections(trainer),
         versions=_versions(),
         citation=_CITATIONS.get(trainer.method),
     )
@@ -81,6 +82,12 @@ def write_model_card(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _sections(trainer: UnlearningTrainer) -> list[str]:
+    """What callbacks have to say: those with a method `card_section`, like the one that edits the weights."""
+    found = (getattr(callback, "card_section", None) for callback in trainer.callback_handler.callbacks)
+    return [text for section in found if section is not None and (text := section())]
 
 
 def _front_matter(base_model: str | None, name: str, dataset_name: str | None, tags: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from hf_unlearn.data import tokenize_example
 from hf_unlearn.editing import EditConfig, EditPlan, apply_edit, plan_edit, word_concepts
 from hf_unlearn.editing.concepts import find_occurrences, word_pattern
 from hf_unlearn.editing.measures import edited_answers, response_probability
-from hf_unlearn.editing.pcr import Run
+from hf_unlearn.editing.passes import Run
 from hf_unlearn.editing.reach import Reach, occurrence_pairs, reach_of
 from hf_unlearn.lab.recipe import LabRecipe
 from hf_unlearn.lab.tofu import tofu_data
@@ -43,8 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {},
     "joint, no variants": {"variants": 0},
     "greedy": {"solver": "greedy"},
-    "tsr": {"method": "tsr", "words": None, "radius": 0.2, "steps": 40},
-    "arr": {"method": "arr", "radius": 0.2, "steps": 20},
+    "tsr": {"method": "tsr", "words": None, "radius": 0.2, "steps": 40, "retain_examples": 64},
+    "arr": {"method": "arr", "radius": 0.2, "steps": 10, "retain_examples": 64, "free_positions": 2},
 }
 MAX_NEW_TOKENS = 100
 

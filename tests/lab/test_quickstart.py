@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from hf_unlearn.attacks import RelearnConfig
-from hf_unlearn.lab import bench, methods, quickstart
+from hf_unlearn.lab import bench, edit_quickstart, methods, quickstart
 from hf_unlearn.lab.methods import LabMethod, method_by_name
 from hf_unlearn.lab.recipe import LabData, LabRecipe
 from hf_unlearn.lab.world import make_world, world_data
+from hf_unlearn.reports import read_results, results_table
 
 TINY = LabRecipe(vocab_size=500, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, epochs=2)
 SHORT: dict[str, Any] = {
@@ -63,6 +65,62 @@ def test_quickstart_writes_everything_it_promises(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert len(AutoTokenizer.from_pretrained(folder / "model")) == model.config.vocab_size
     assert results.forget_quality == pytest.approx(written["forget_quality"])
+
+
+def test_an_edit_writes_the_same_objects_and_draws_no_empty_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "make_world", lambda seed: make_world(seed, num_authors=10))
+    monkeypatch.setattr(quickstart, "QUICKSTART_RECIPE", replace(TINY, hidden_size=64, epochs=8, learning_rate=5e-3))
+    folder = tmp_path / "out"
+    results = quickstart.run_quickstart(folder, method="edit", seed=1)
+    written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for name in ("target", "unlearned", "reference"):
+        for score in ("forget_probability", "retain_probability", "words_largest_probability"):
+            assert 0 <= written[name][score] <= 1
+        assert 0 <= written[name]["words_reworded_median_probability"] <= 1
+    (constraint,) = written["constraints"]
+    assert set(constraint) == {"name", "eps", "loss", "multiplier", "feasible"}
+    assert (constraint["name"], constraint["eps"], constraint["multiplier"]) == ("reach", 1e-6, None)
+    assert constraint["feasible"] == (constraint["loss"] <= constraint["eps"] * 1.001)
+    assert results.unlearned.extra["words_largest_probability"] < results.target.extra["words_largest_probability"]
+    assert written["forget_quality"] is None
+    assert "forget_quality" in written["absent"]
+    assert read_results(folder / "results.json") == results
+    assert [path.name for path in (folder / "plots").iterdir()] == ["words.png"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == page.count("<svg") == 1
+    assert "Nothing was recorded" not in page
+    assert "Multiplier" not in page
+    assert "Questions that ask for the words" in page
+    Console(width=140).print(results_table(results))
+    shown = capsys.readouterr().out
+    assert "Likeliest word, questions reworded" in shown
+    assert "Edited" in shown
+    assert "Forget quality" not in shown
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert "What is guaranteed" in card
+    assert str(tmp_path) not in card
+    for name in edit_quickstart.asked_data(make_world(1, num_authors=10))[1]:
+        assert name not in card
+        assert name not in (folder / "plan" / "edit_plan.json").read_text(encoding="utf-8")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    data, names, _ = edit_quickstart.asked_data(make_world(1, num_authors=10))
+    rows = [{"question": row["question"], "answer": row["answer"]} for row in data.forget]
+    again = edit_quickstart.word_probabilities(model, tokenizer, rows, names)
+    assert again == pytest.approx(written["words"]["probabilities"]["own"]["unlearned"], rel=1e-3)
+
+
+def test_an_edit_asks_only_for_names_that_the_question_does_not_say() -> None:
+    world = make_world(0)
+    data, names, others = edit_quickstart.asked_data(world)
+    assert len(data.forget) + len(others) == len(world.forget)
+    assert data.forget["question"] == data.forget_eval["question"]
+    for row in data.forget:
+        assert any(name in row["answer"] and name not in row["question"] for name in names)
 
 
 def test_quickstart_is_the_same_twice(tmp_path: Path) -> None:

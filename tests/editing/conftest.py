@@ -1,0 +1,23 @@
+"""One small world for all tests of plans; built once a session, copied by every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small_lab import SmallLab, make_lab
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are faster on one thread, and their sums then always run in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def lab() -> SmallLab:
+    return make_lab()
