@@ -116,8 +116,12 @@ def _fill(model: Any, plan: EditPlan, name: str) -> None:
         pairs = (layer.lora_A[name], layer.lora_B[name])
         for linear, factor in zip(pairs, padded_factors(edit, common_rank(plan)), strict=True):
             # float32 whatever the base's type is: rounded factors would be another edit
-            linear.weight.data = factor.to(linear.weight.device)
-            linear.weight.requires_grad_(False)
+            device = linear.weight.device
+            # A buffer, not a parameter: PEFT (0.21) unfreezes whatever is active at the end of disable_adapter(), in
+            # which trainers compute their reference. The edit would get gradients from then on, count in the norm that
+            # is clipped, and break activation checkpointing in the middle of a step.
+            del linear.weight
+            linear.register_buffer("weight", factor.to(device))
 
 
 class _Before:

@@ -20,7 +20,7 @@ from ..trainers.model_setup import is_peft_model
 from .agreement import Agreement, EditError, Processes
 from .apply import AppliedEdit, apply_edit
 from .callback_checks import check_arguments, check_task, merges
-from .callback_model import inside, keep_frozen, without_autocast
+from .callback_model import inside, without_autocast
 from .card import CARD_FILE, card_section, edit_metrics, put_section, save_with_card
 from .config import EditConfig
 from .constrained import EditResult
@@ -307,8 +307,6 @@ class ConstrainedEditCallback(TrainerCallback):
 
     def _apply(self, model: Any, plan: EditPlan, held: list[AppliedEdit]) -> None:
         held.append(apply_edit(model, plan, merge=merges(self.merge, model), adapter_name=self.adapter_name))
-        if not merges(self.merge, model):
-            keep_frozen(model, self.adapter_name)
 
     def _planned(
         self,

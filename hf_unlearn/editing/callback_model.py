@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from peft.tuners.lora import LoraLayer
-from torch import nn
 
 
 def inside(model: Any) -> Any:
@@ -32,17 +30,3 @@ def without_autocast(model: Any) -> Iterator[None]:
         yield
     finally:
         vars(model).update(kept)
-
-
-def keep_frozen(model: nn.Module, adapter_name: str) -> None:
-    """
-    Makes the factors of an adapter buffers instead of parameters. PEFT (0.21) unfreezes whatever is active at the end
-    of `disable_adapter()`, in which trainers compute their reference: an edit would get gradients from then on, count
-    in the norm that is clipped, and break activation checkpointing in the middle of a step.
-    """
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            for linear in (module.lora_A[adapter_name], module.lora_B[adapter_name]):
-                values = linear.weight.detach()
-                del linear.weight
-                linear.register_buffer("weight", values)

@@ -41,6 +41,7 @@ NAMES = (
 """The authors of TOFU's forget10, all of them fictitious."""
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {},
+    "joint, 16 variants, 1e-7": {"variants": 16, "probability": 1e-7},
     "joint, no variants": {"variants": 0},
     "greedy": {"solver": "greedy"},
     "tsr": {"method": "tsr", "words": None, "radius": 0.2, "steps": 40, "retain_examples": 64},
