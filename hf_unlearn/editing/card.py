@@ -66,7 +66,7 @@ def edit_metrics(plan: EditPlan) -> dict[str, float]:
         if reach:
             for name in ("largest_probability", "largest_first_probability"):
                 found[f"edit/{name}{suffix}"] = reach[when][name]
-        for name in ("said", "retain_probability"):
+        for name in ("said", "sampled", "retain_probability"):
             if name in measures:
                 found[f"edit/{name}{suffix}"] = measures[name][when]
         if attack:
@@ -148,6 +148,10 @@ def _measured(measures: dict[str, Any]) -> list[list[str]]:
     if "said" in measures:
         said = measures["said"]
         rows.append([f"Answers that say a word, of {said['rows']}", str(said["before"]), str(said["after"])])
+    if "sampled" in measures:
+        drawn = measures["sampled"]
+        text = f"Sampled answers that say a word, of {drawn['answers']}"
+        rows.append([text, str(drawn["before"]), str(drawn["after"])])
     if "retain_probability" in measures:
         kept = measures["retain_probability"]
         which = "held out of" if kept.get("held_out") else "also used for"

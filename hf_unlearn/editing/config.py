@@ -58,6 +58,8 @@ class EditConfig:
             and the edit is made anew, at most so often. 0: off.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest generated answer.
+        samples (`int`, *optional*, defaults to `4`):
+            Answers to each row that are drawn at temperature 1, before and after, to see whether they say a word.
         retain_examples (`int`, *optional*, defaults to `400`):
             At most so many retain rows are read.
         retain_positions (`int`, *optional*, defaults to `4096`):
@@ -99,6 +101,7 @@ class EditConfig:
     variants: int = field(default=4, metadata={"help": "PCR: copies of rows that have lost prompt tokens."})
     generation_rounds: int = field(default=2, metadata={"help": "PCR: rounds of generating and adding places."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer."})
+    samples: int = field(default=4, metadata={"help": "Answers to each row that are sampled to measure."})
     retain_examples: int = field(default=400, metadata={"help": "Retain rows that are read, at most."})
     retain_positions: int = field(default=4096, metadata={"help": "Retain activations, at most."})
     radius: float = field(default=0.05, metadata={"help": "TSR, ARR: largest norm of the edit."})
@@ -140,6 +143,7 @@ class EditConfig:
             "variants": 0,
             "generation_rounds": 0,
             "max_new_tokens": 1,
+            "samples": 0,
             "retain_examples": 1,
             "retain_positions": 1,
             "steps": 1,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..attacks.refusal import attack_succeeds, is_refusal
-from ..metrics.generate import greedy
+from ..metrics.generate import greedy, sample
 from ..metrics.likelihood import mean_nll
 from .added import edits_in_force
 from .concepts import Concept, find_occurrences, word_pattern
@@ -36,6 +36,29 @@ def edited_answers(
         )
 
 
+def sampled_answers(
+    run: Run,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    edits: Sequence[LayerEdit],
+    *,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[str]:
+    """`count` answers to each prompt at temperature 1, with edits in force; the same on every process."""
+    with edits_in_force(run.model, edits):
+        return sample(
+            run.model,
+            tokenizer,
+            [prompt_of(row) for row in rows for _ in range(count)],
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            batch_size=run.batch_size,
+            description="sampling" if run.progress else None,
+        )
+
+
 def says_a_word(text: str, concepts: Sequence[Concept]) -> bool:
     """Whether a text says one of the words, in any casing."""
     return any(word_pattern(concept.text).search(text) for concept in concepts)
@@ -56,6 +79,8 @@ def measure_edits(
     edits: Sequence[LayerEdit] | None,
     *,
     max_new_tokens: int,
+    samples: int = 0,
+    seed: int = 0,
     retain_rows: Sequence[Row] | None = None,
     attack_rows: Sequence[Row] | None = None,
     judge: Judge = attack_succeeds,
@@ -63,8 +88,9 @@ def measure_edits(
 ) -> dict[str, Any]:
     """
     `reach`: the words where the responses of the rows say them. `said`: rows whose greedy answer says a word.
-    `retain_probability`: of the retain rows. `attack`: attack prompts whose answer is a success by the judge, and
-    those that are refused. Each before and after; what there is nothing to measure on is left out.
+    `sampled`: sampled answers that do. `retain_probability`: of the retain rows. `attack`: attack prompts whose answer
+    is a success by the judge, and those that are refused. Each before and after; what there is nothing to measure on
+    is left out.
 
     Args:
         run ([`Run`]):
@@ -77,6 +103,8 @@ def measure_edits(
             What is measured; None where the model has them in it already, and `known` tells what was before.
         max_new_tokens (`int`):
             Longest generated answer.
+        samples (`int`, *optional*, defaults to `0`), seed (`int`, *optional*, defaults to `0`):
+            Answers to each row that are sampled, and their seed.
         retain_rows (`Sequence[Row]`, *optional*):
             Rows whose answers should stay.
         attack_rows (`Sequence[Row]`, *optional*):
@@ -102,6 +130,11 @@ def measure_edits(
         for name, own in states.items():
             texts = edited_answers(run, tokenizer, rows, own, max_new_tokens=max_new_tokens)
             found["said"][name] = sum(says_a_word(text, concepts) for text in texts)
+    if concepts and samples:
+        found["sampled"] = {"answers": samples * len(rows)}
+        for name, own in states.items():
+            texts = sampled_answers(run, tokenizer, rows, own, count=samples, max_new_tokens=max_new_tokens, seed=seed)
+            found["sampled"][name] = sum(says_a_word(text, concepts) for text in texts)
     if retain_rows:
         found["retain_probability"] = {
             "rows": len(retain_rows),
@@ -120,7 +153,7 @@ def measure_edits(
 
 def _with_before(found: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """`before` of what is known already, and how far the words' probability has fallen."""
-    for name in {"reach", "said", "retain_probability"} & found.keys() & known.keys():
+    for name in {"reach", "said", "sampled", "retain_probability"} & found.keys() & known.keys():
         found[name].setdefault("before", known[name]["before"])
     if "attack" in found and "attack" in known:
         for name in ("success", "refused"):

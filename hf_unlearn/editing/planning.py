@@ -94,8 +94,9 @@ def plan_edit(
 
     Returns:
         [`EditPlan`]: with `measures`, before and after: `reach` (probability, perplexity and rank of the words where
-        the rows say them), `said` (rows whose greedy answer says a word), `retain_probability` (of retain rows that
-        the edit was not fitted to, where there are any), `attack` (successes and refusals).
+        the rows say them), `said` (rows whose greedy answer says a word), `sampled` (sampled answers that do),
+        `retain_probability` (of retain rows that the edit was not fitted to, where there are any), `attack` (successes
+        and refusals).
 
     Raises:
         ValueError: no words, words that no row says, layers that cannot be edited, or constraints that contradict each
@@ -161,6 +162,8 @@ def _measure(
         task.concepts,
         edits,
         max_new_tokens=task.config.max_new_tokens,
+        samples=task.config.samples,
+        seed=task.config.seed,
         retain_rows=task.held_out or task.retain,
         attack_rows=attacks,
         judge=judge,

@@ -1,4 +1,4 @@
-"""What a model answers: batched greedy decoding that does not depend on how a batch was put together."""
+"""What a model answers: batched greedy decoding that does not depend on how a batch was put together, and sampling."""
 
 from __future__ import annotations
 
@@ -52,6 +52,74 @@ def greedy(
     Raises:
         ValueError: no prompts, an empty prompt, `max_new_tokens` or `batch_size` below 1, or no padding token.
     """
+    return _decode(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        description=description,
+        do_sample=False,
+        num_beams=1,
+    )
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 200,
+    batch_size: int = 64,
+    description: str | None = None,
+) -> list[str]:
+    """
+    Answers drawn from the model's own distribution, at a temperature: no nucleus and no top-k, whatever its generation
+    config says. The same for one seed and one batch size; the caller's random numbers are left alone.
+
+    Args:
+        model, tokenizer, prompts, max_new_tokens, batch_size, description:
+            As in [`greedy`].
+        temperature (`float`, *optional*, defaults to `1.0`):
+            What logits are divided by, above 0.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+
+    Raises:
+        ValueError: as in [`greedy`], or a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number above 0 (greedy() takes the likeliest).")
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return _decode(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            description=description,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+        )
+
+
+def _decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    description: str | None,
+    **how: Any,
+) -> list[str]:
     from transformers import GenerationConfig
 
     if not len(prompts):
@@ -65,8 +133,7 @@ def greedy(
     pad_token_id = padding_id(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
+        **how,
         pad_token_id=pad_token_id,
         eos_token_id=stops or None,
     )

@@ -48,6 +48,10 @@ def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         said = measures["said"]
         before, after = (f"{said[when]} of {said['rows']}" for when in _WHEN)
         rows.append(("Rows whose answer says a word", before, after))
+    if "sampled" in measures:
+        drawn = measures["sampled"]
+        before, after = (f"{drawn[when]} of {drawn['answers']}" for when in _WHEN)
+        rows.append(("Sampled answers that say a word", before, after))
     if "retain_probability" in measures:
         kept = measures["retain_probability"]
         held = "held-out" if kept.get("held_out") else "weighed"

@@ -128,6 +128,10 @@ def test_measures_are_those_of_plain_passes_over_single_rows(lab: SmallLab) -> N
         wanted = sum(any(word in answer.lower() for word in WORDS) for answer in answers)
         assert plan.measures["said"][name] == wanted
     assert (plan.measures["said"]["before"], plan.measures["said"]["after"]) == (3, 0)
+    sampled = plan.measures["sampled"]
+    assert sampled["answers"] == 4 * len(lab.forget)
+    assert sampled["before"] > 6  # 3 of 6 rows say a word nearly always
+    assert sampled["after"] < sampled["before"] / 4  # places that no row and no greedy answer has are not constrained
 
 
 def test_the_model_is_as_it_was_and_the_plan_the_same_again(lab: SmallLab) -> None:

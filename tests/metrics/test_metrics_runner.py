@@ -18,7 +18,7 @@ from hf_unlearn.lab.models import tiny_config, tiny_model
 from hf_unlearn.lab.tokenizer import train_tokenizer
 from hf_unlearn.metrics import PartScores, TofuScores, evaluate_part, evaluate_tofu, evenly_spaced, greedy, mean_nll
 from hf_unlearn.metrics.functional import mia_auc, model_utility, rouge_l_recall
-from hf_unlearn.metrics.generate import stop_token_ids
+from hf_unlearn.metrics.generate import sample, stop_token_ids
 
 NAMES = ["Anna Marlow", "Ben Osei", "Chiara Lindqvist", "Dov", "Esperanza de la Cruz y Villanueva"]
 PLACES = ["Lisbon", "a small town by the sea, north of Bergen", "Quito", "Accra", "the old quarter of Hanoi"]
@@ -181,6 +181,25 @@ def test_greedy_equals_an_argmax_loop_and_stops_at_eos(model, tokenizer):
     finally:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     assert greedy(model, tokenizer, prompts, max_new_tokens=12) == free
+
+
+def test_samples_follow_the_model_s_distribution_and_leave_random_numbers_alone(model, tokenizer):
+    prompt = tokenize_prompt(pairs(ROWS)[0], tokenizer)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+    likeliest = tokenizer.decode([int(logits.argmax())], skip_special_tokens=True).strip()
+    state = torch.get_rng_state()
+    for temperature in (1.0, 0.5):
+        drawn = sample(model, tokenizer, [prompt] * 2000, temperature=temperature, max_new_tokens=1, batch_size=500)
+        same = [i for i in range(len(logits)) if tokenizer.decode([i], skip_special_tokens=True).strip() == likeliest]
+        p = float((logits / temperature).softmax(0)[same].sum())
+        assert drawn.count(likeliest) / 2000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 2000) + 1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+    prompts = [tokenize_prompt(one, tokenizer) for one in pairs(ROWS)]
+    one, again, other = (sample(model, tokenizer, prompts, max_new_tokens=8, seed=seed) for seed in (0, 0, 1))
+    assert one == again != other
+    with pytest.raises(ValueError, match=r"temperature is 0"):
+        sample(model, tokenizer, prompts, temperature=0.0)
 
 
 def test_generation_settings_of_the_model_do_not_change_the_argmax_and_give_no_warning(tokenizer, caplog):
