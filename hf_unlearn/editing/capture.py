@@ -36,12 +36,15 @@ class Captured:
             `(N, d)`, as the block gets them: bias and adapters included.
         rows, tokens (`Tensor`):
             `(N,)`, number of the row and place of the token in it.
+        states (`Tensor`, *optional*):
+            `(N, d)`, the inputs of the module that was asked for in addition, in the model's own type.
     """
 
     inputs: Tensor
     outputs: Tensor
     rows: Tensor
     tokens: Tensor
+    states: Tensor | None = None
 
 
 @torch.no_grad()
@@ -54,6 +57,7 @@ def capture(
     pad_token_id: int,
     batch_size: int = 16,
     accelerator: Any = None,
+    also: nn.Module | None = None,
     description: str | None = None,
 ) -> dict[int, Captured]:
     """
@@ -77,6 +81,8 @@ def capture(
             Rows a forward pass, on each rank.
         accelerator (`Accelerator`, *optional*):
             With several processes each reads its share, and all get everything.
+        also (`nn.Module`, *optional*):
+            A module whose inputs at the same tokens are read, too, such as the final norm.
         description (`str`, *optional*):
             Text of a progress bar.
 
@@ -99,7 +105,7 @@ def capture(
     mine: list[_Piece] = []
     with evaluation_mode(model):
         for batch in rank_batches(table, batch_size, run, partial(pad_rows, pad_token_id=pad_token_id), description):
-            with _Reader(where) as reader:
+            with _Reader(where, also) as reader:
                 forward(model, [batch])
             mine.append(_piece(batch, position_mask(batch, positions, bos), reader))
     pieces = gather_object(mine) if run.num_processes > 1 else mine
@@ -116,6 +122,7 @@ def capture(
             outputs=torch.cat([piece.outputs[layer] for piece in pieces])[order],
             rows=at[order, 0],
             tokens=at[order, 1],
+            states=_joined(pieces, order),
         )
         for layer in layers
     }
@@ -128,13 +135,15 @@ class _Piece:
     at: Tensor
     inputs: dict[int, Tensor]
     outputs: dict[int, Tensor]
+    states: Tensor | None
 
 
 class _Reader:
     """Hooks on the matrices during one forward pass."""
 
-    def __init__(self, where: Mapping[int, MlpOutput]) -> None:
-        self.where = where
+    def __init__(self, where: Mapping[int, MlpOutput], also: nn.Module | None = None) -> None:
+        self.where, self.also = where, also
+        self.states: Tensor | None = None
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self._handles: list[Any] = []
@@ -142,11 +151,16 @@ class _Reader:
     def __enter__(self) -> _Reader:
         for layer, found in self.where.items():
             self._handles.append(found.module.register_forward_hook(self._take(layer)))
+        if self.also is not None:
+            self._handles.append(self.also.register_forward_pre_hook(self._take_states))
         return self
 
     def __exit__(self, *reason: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _take_states(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.states = arguments[0]
 
     def _take(self, layer: int) -> Any:
         def take(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -164,11 +178,21 @@ def _piece(batch: Mapping[str, Tensor], mask: Tensor, reader: _Reader) -> _Piece
     at = torch.stack([batch["index"][:, None].expand_as(mask)[mask], tokens[mask]], dim=1)
 
     def chosen(states: Tensor) -> Tensor:
-        # OPT's MLP has them flattened to (B T, ...)
-        return states.reshape(*mask.shape, -1)[mask.to(states.device)].float().cpu()
+        return _at(states, mask).float().cpu()  # OPT's MLP has them flattened to (B T, ...)
 
     return _Piece(
         at=at.cpu(),
         inputs={layer: chosen(states) for layer, states in reader.inputs.items()},
         outputs={layer: chosen(states) for layer, states in reader.outputs.items()},
+        states=None if reader.states is None else _at(reader.states, mask),
     )
+
+
+def _at(states: Tensor, mask: Tensor) -> Tensor:
+    """States `(n, d)` of the chosen tokens, in their own type and place."""
+    return states.reshape(*mask.shape, -1)[mask.to(states.device)]
+
+
+def _joined(pieces: Sequence[_Piece], order: Tensor) -> Tensor | None:
+    states = [piece.states for piece in pieces if piece.states is not None]
+    return torch.cat(states)[order.to(states[0].device)] if states else None

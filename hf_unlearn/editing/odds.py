@@ -172,8 +172,7 @@ def _row(row: Mapping[str, Any], asked: Mapping[int, Any], number: int) -> dict[
     last = max(asked)
     if not 0 <= min(asked) <= last < len(ids):
         raise ValueError(f"Row {number} has {len(ids)} tokens; asked about the one after token {last}.")
-    if last + 1 == len(ids):
-        ids = [*ids, ids[-1]]
+    ids = [*ids, ids[-1]][: last + 2]  # what comes later has no say
     labels = [IGNORE_INDEX] * len(ids)
     for token in asked:
         labels[token + 1] = ids[token + 1]

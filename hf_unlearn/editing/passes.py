@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .added import edits_in_force
 from .capture import Captured, capture
@@ -57,13 +57,20 @@ class Run:
             return next_token_odds(self.model, rows, pairs, **self.options("measuring"))
 
     def at(
-        self, rows: Sequence[Mapping[str, Any]], layer: int, positions: Any, edits: Sequence[LayerEdit] = ()
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        layer: int,
+        positions: Any,
+        edits: Sequence[LayerEdit] = (),
+        *,
+        also: nn.Module | None = None,
     ) -> Captured:
-        """Inputs and outputs of one matrix with edits of earlier blocks in force."""
+        """Inputs and outputs of one matrix with edits of earlier blocks in force; rows are read as far as needed."""
+        if isinstance(positions, Places):
+            rows = positions.shortened(rows)
+        options = self.options("reading activations")
         with edits_in_force(self.model, tuple(edits)):
-            return capture(self.model, rows, [layer], positions=positions, **self.options("reading activations"))[
-                layer
-            ]
+            return capture(self.model, rows, [layer], positions=positions, also=also, **options)[layer]
 
 
 class Places:
@@ -79,6 +86,11 @@ class Places:
         self.by_row: dict[int, list[int]] = {}
         for row, token in places:
             self.by_row.setdefault(row, []).append(token)
+
+    def shortened(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Rows up to the last place in them, which is all that it depends on; a first token where there is none."""
+        ends = [max(self.by_row.get(number, (0,))) + 1 for number in range(len(rows))]
+        return [{key: row[key][:end] for key in ("input_ids", "labels")} for row, end in zip(rows, ends, strict=True)]
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The mask `(B, T)`."""

@@ -5,7 +5,7 @@ Shapes: K pairs of a place and a token, N places, n tokens or concepts, m inner 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ from transformers.utils import logging
 from .algebra.metric import Metric
 from .algebra.solve import Edit, Solver
 from .capture import Captured
-from .directions import unembedding_directions
+from .directions import final_norm, unembedding_directions
 from .mlp import mlp_output
-from .odds import Odds, Pairs
+from .odds import Pairs
 from .passes import Places, Run
 from .plan import LayerEdit, matrix_digest
 from .search import Found, LevelProblem, search_levels
@@ -60,7 +60,7 @@ def plan_by_probability(
     ridge: float = 0.01,
     solver: Solver = "joint",
     seed: int = 0,
-) -> tuple[list[LayerEdit], Odds]:
+) -> tuple[list[LayerEdit], Tensor]:
     r"""
     Edits under which each pair's token has at most `probability` at its place, by a real forward pass.
 
@@ -98,26 +98,28 @@ def plan_by_probability(
     """
     wanted = float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
     weighed = Weighed(rows=retain_rows, limit=retain_limit, ridge=ridge, seed=seed)
-    before = after = run.odds(rows, pairs)
-    edits = [_nothing(run.model, layer) for layer in layers]
-    active = before.values > (wanted - _FAR if len(pairs) > _FEW else -torch.inf)
-    for _ in range(_ROUNDS if bool((before.values > wanted).any()) else 0):
-        edits = _edits(run, rows, pairs.chosen(active), before.values[active], wanted, layers, weighed, solver)
-        after = run.odds(rows, pairs, edits)
-        if not bool(((after.values > wanted) & ~active).any()):
-            break
-        active = active | (after.values > wanted - _FAR / 2)
-    highest = float(after.values.max())
+    if len(pairs) <= _FEW:
+        edits, after = _edits(run, rows, pairs, None, wanted, layers, weighed, solver)
+    else:
+        before = after = run.odds(rows, pairs).values
+        active = before > wanted - _FAR
+        for _ in range(_ROUNDS):
+            edits, _ = _edits(run, rows, pairs.chosen(active), before[active], wanted, layers, weighed, solver)
+            after = run.odds(rows, pairs, edits).values
+            if not bool(((after > wanted) & ~active).any()):
+                break
+            active = active | (after > wanted - _FAR / 2)
+    highest = float(after.max())
     if highest > wanted + _CLOSE:
         raise ValueError(
             f"No edit of blocks {list(layers)} was found under which every word has at most a probability of "
-            f"{probability:g}: the lowest leaves one of them {float(after.probabilities().max()):.2g}. Allow that "
+            f"{probability:g}: the lowest leaves one of them {float(after.max().sigmoid()):.2g}. Allow that "
             "(probability=...), choose more blocks (layers=...), or ask for fewer words."
         )
     if highest > wanted + _ROUNDING:
         logger.warning(
-            f"A word has a probability of {float(after.probabilities().max()):.4g} at one of its places, a little "
-            f"above {probability:g}."
+            f"A word has a probability of {float(after.max().sigmoid()):.4g} at one of its places, a little above "
+            f"{probability:g}."
         )
     return edits, after
 
@@ -141,13 +143,16 @@ def _edits(
     run: Run,
     rows: Sequence[Mapping[str, Any]],
     pairs: Pairs,
-    before: Tensor,
+    before: Tensor | None,
     wanted: float,
     layers: Sequence[int],
     weighed: Weighed,
     solver: Solver,
-) -> list[LayerEdit]:
-    """One edit for each block, for pairs all of which matter."""
+) -> tuple[list[LayerEdit], Tensor]:
+    """
+    One edit for each block, for pairs all of which matter, and their log-odds with all in force; `before` is measured
+    where it is not given.
+    """
     ids, columns = torch.unique(pairs.ids, return_inverse=True)
     places, of_pair = pairs.places()
     directions = unembedding_directions(run.model, ids.tolist())
@@ -155,22 +160,28 @@ def _edits(
     odds = before
     for number, layer in enumerate(layers):
         share = 1.0 / (len(layers) - number)
+        quick = LastBlock.fits(run, layer)
+        read = run.at(rows, layer, Places(places), edits, also=final_norm(run.model) if quick else None)
+        at = _rows_of(read, places)[of_pair]
+        view = LastBlock(run, pairs, read, at) if quick else None
+        if odds is None:
+            odds = run.odds(rows, pairs).values if view is None else view.odds()
+        if number == 0 and not bool((odds > wanted).any()):
+            return [_nothing(run.model, layer) for layer in layers], odds
         # a pair that is low enough may rise up to what is allowed
         target = torch.where(odds > wanted, odds - share * (odds - wanted), wanted)
-        read = run.at(rows, layer, Places(places), edits)
-        at = _rows_of(read, places)
         problem = LevelProblem(
             inputs=read.inputs,
             outputs=read.outputs,
             directions=directions,
-            places=at[of_pair],
+            places=at,
             columns=columns,
             before=odds,
             target=target,
             metric=weighed.metric(run, layer, edits),
             solver=solver,
         )
-        found = _search(problem, run, rows, pairs, tuple(edits), layer)
+        found = _search(problem, view, partial(_measured, run, rows, pairs, tuple(edits), layer))
         certificate = {
             **found.edit.certificate.as_dict(),
             "reached": found.reached,
@@ -179,21 +190,13 @@ def _edits(
         }
         edits.append(layer_edit(run.model, layer, found.edit, certificate=certificate))
         odds = found.odds
-    return edits
+    assert odds is not None, "there is a block"
+    return edits, odds
 
 
-def _search(
-    problem: LevelProblem,
-    run: Run,
-    rows: Sequence[Mapping[str, Any]],
-    pairs: Pairs,
-    below: Sequence[LayerEdit],
-    layer: int,
-) -> Found:
+def _search(problem: LevelProblem, view: LastBlock | None, real: Callable[[Edit], Tensor]) -> Found:
     """The search, with the last block's shortcut where the model agrees with it on what came out."""
-    real = partial(_measured, run, rows, pairs, below, layer)
-    if LastBlock.fits(run, layer):
-        view = LastBlock(run, rows, pairs, problem.inputs, problem.places, below)
+    if view is not None:
         found = search_levels(problem, view.odds)
         odds = real(found.edit)
         if view.agrees(found.odds, odds):

@@ -5,25 +5,18 @@ Shapes: K pairs of a place and a token, N places, m and d widths of the edited m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data import pad_rows
-from ..metrics.likelihood import evaluation_mode
 from ..probes.taps import resolve_layer
-from ..trainers.forward import ModelForward, output_head
-from ..trainers.measure import rank_batches
-from .added import edits_in_force
+from ..trainers.forward import output_head
 from .algebra.solve import Edit
+from .capture import Captured
 from .directions import final_norm
-from .odds import Pairs, local_run, log_odds
-from .passes import Places, Run
-from .plan import LayerEdit
+from .odds import Pairs, log_odds
+from .passes import Run
 
 _AGREES = 1e-2  # nats between this and a forward pass of the model up to which they are the same
 _AGREES_HALF = 0.04  # with 16-bit states; searches aim 0.05 nats beyond their target
@@ -39,30 +32,22 @@ class LastBlock:
     Args:
         run ([`Run`]):
             Model and forward passes.
-        rows (`Sequence[Mapping]`), pairs ([`Pairs`]):
-            Tokenised rows, places and next tokens.
-        inputs (`Tensor`), at (`Tensor`):
-            h, `(N, m)`, and for each pair `(K,)` its row in it.
-        below (`Sequence[LayerEdit]`):
-            Edits of blocks below, in force.
+        pairs ([`Pairs`]):
+            Places and next tokens.
+        read ([`Captured`]):
+            h and x at the places, with the edits of blocks below in force.
+        at (`Tensor`):
+            `(K,)`, where each pair's place is in them.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        rows: Sequence[Mapping[str, Any]],
-        pairs: Pairs,
-        inputs: Tensor,
-        at: Tensor,
-        below: Sequence[LayerEdit],
-    ) -> None:
+    def __init__(self, run: Run, pairs: Pairs, read: Captured, at: Tensor) -> None:
+        assert read.states is not None, "read with also=final_norm(model)"
         places, of_pair = pairs.places()
+        order = torch.zeros(len(places), dtype=torch.int64).index_copy(0, of_pair, at)
         self.of_pair, self.ids = of_pair.tolist(), pairs.ids
-        self.inputs = torch.zeros(len(places), inputs.shape[1]).index_copy(0, of_pair, inputs[at].float())
+        self.inputs, self.states = read.inputs[order].float(), read.states[order.to(read.states.device)]
         self.norm: Any = final_norm(run.model)
         self.head = output_head(run.model)
-        with edits_in_force(run.model, below):
-            self.states = _states(run, rows, places, self.norm)
 
     @staticmethod
     def fits(run: Run, layer: int) -> bool:
@@ -78,11 +63,12 @@ class LastBlock:
         return all(value.is_floating_point() and not _is_split(value) for value in held)
 
     @torch.no_grad()
-    def odds(self, edit: Edit) -> Tensor:
-        """`(K,)` float64: log-odds with the edit in force, by the head alone."""
-        moved = (self.inputs @ edit.lora_a.float().T) @ edit.lora_b.float().T
-        device, dtype = self.states.device, self.states.dtype
-        states = (self.states.float() + moved.to(device)).to(dtype)
+    def odds(self, edit: Edit | None = None) -> Tensor:
+        """`(K,)` float64: log-odds with the edit in force, by the head alone; without one they are the model's own."""
+        states = self.states
+        if edit is not None:
+            moved = (self.inputs @ edit.lora_a.float().T) @ edit.lora_b.float().T
+            states = (states.float() + moved.to(states.device)).to(states.dtype)
         found = []
         for start in range(0, len(self.of_pair), _CHUNK):
             own = slice(start, start + _CHUNK)
@@ -101,34 +87,3 @@ class LastBlock:
 
 def _is_split(value: Tensor) -> bool:
     return hasattr(value, "ds_id") or hasattr(value, "device_mesh") or value.device.type == "meta"
-
-
-@torch.no_grad()
-def _states(run: Run, rows: Sequence[Mapping[str, Any]], places: list[tuple[int, int]], norm: nn.Module) -> Tensor:
-    """`(N, d)`: what the final norm is called with at sorted places."""
-    wanted = sorted({row for row, _ in places})
-    table = Dataset.from_list(
-        [
-            {"input_ids": list(rows[row]["input_ids"]), "labels": list(rows[row]["input_ids"]), "index": row}
-            for row in wanted
-        ]
-    )
-    choose, forward = Places(places), ModelForward(run.model)
-    found: dict[tuple[int, int], Tensor] = {}
-    taken: list[Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda module, arguments: taken.append(arguments[0]))
-    collate = partial(pad_rows, pad_token_id=run.pad_token_id)
-    try:
-        with evaluation_mode(run.model):
-            for batch in rank_batches(table, run.batch_size, local_run(run.model), collate, None):
-                taken.clear()
-                forward(run.model, [batch])
-                mask = choose(batch)
-                first = batch["attention_mask"].argmax(1)
-                numbers = mask.nonzero()
-                states = taken[0].reshape(*mask.shape, -1)[mask.to(taken[0].device)]
-                for (at, column), state in zip(numbers.tolist(), states, strict=True):
-                    found[int(batch["index"][at]), column - int(first[at])] = state
-    finally:
-        handle.remove()
-    return torch.stack([found[place] for place in places])

@@ -12,7 +12,7 @@ from test_capture import FAMILIES, build
 from hf_unlearn.editing import EditConfig, plan_edit, solve_pcr
 from hf_unlearn.editing import pcr as planning
 from hf_unlearn.editing.algebra.solve import Edit
-from hf_unlearn.editing.directions import unembedding_directions
+from hf_unlearn.editing.directions import final_norm, unembedding_directions
 from hf_unlearn.editing.odds import Pairs
 from hf_unlearn.editing.passes import Places, Run
 from hf_unlearn.editing.pcr import layer_edit
@@ -29,13 +29,15 @@ PAIRS = Pairs.of([(0, 3, 11), (0, 3, 12), (0, 4, 11), (1, 2, 7), (2, 2, 17), (2,
 def edited(run: Run, layer: int) -> tuple[LastBlock, Edit, Any]:
     """An edit of some size, the shortcut's view, and log-odds by a forward pass."""
     places, of_pair = PAIRS.places()
-    read = run.at(ROWS, layer, Places(places))
+    read = run.at(ROWS, layer, Places(places), also=final_norm(run.model))
     edit = solve_pcr(read.inputs, read.outputs, unembedding_directions(run.model, [11, 17]), -3.0, kind="half_space")
     assert edit.certificate.rank > 0
     known = list(zip(read.rows.tolist(), read.tokens.tolist(), strict=True))
     at = torch.tensor([known.index(place) for place in places])[of_pair]
     real = run.odds(ROWS, PAIRS, [layer_edit(run.model, layer, edit)]).values
-    return LastBlock(run, ROWS, PAIRS, read.inputs, at, ()), edit, real
+    view = LastBlock(run, PAIRS, read, at)
+    torch.testing.assert_close(view.odds(), run.odds(ROWS, PAIRS).values, rtol=1e-5, atol=1e-5)  # in every family
+    return view, edit, real
 
 
 @pytest.mark.parametrize("family", FAMILIES)
