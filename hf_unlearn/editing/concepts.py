@@ -25,11 +25,14 @@ class Concept:
             Token ids of every casing (as given, lower, upper, capitalised), with and without a space before it.
         first (`tuple[int, ...]`):
             The distinct first tokens of the spellings: without one of them the word cannot begin.
+        examples (`tuple[tuple[int, ...], ...]`, *optional*):
+            Token ids of texts, for a concept that is not a word: it has no spelling then, and is nowhere said.
     """
 
     text: str
     spellings: tuple[tuple[int, ...], ...]
     first: tuple[int, ...]
+    examples: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,16 @@ def word_concepts(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> l
     return [_concept(tokenizer, word) for word in words]
 
 
+def text_concepts(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]]) -> list[Concept]:
+    """Concepts by example texts, `{name: texts}`: points of a block's output, see [`concept_tensor`]."""
+    return [
+        Concept(
+            text=name, spellings=(), first=(), examples=tuple(tuple(tokenizer(text)["input_ids"]) for text in examples)
+        )
+        for name, examples in texts.items()
+    ]
+
+
 def find_occurrences(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], concepts: Sequence[Concept]
 ) -> list[Occurrence]:
@@ -81,7 +94,7 @@ def find_occurrences(
         concepts (`Sequence[Concept]`):
             What to look for.
     """
-    patterns = [word_pattern(concept.text) for concept in concepts]
+    patterns = [word_pattern(concept.text) if concept.spellings else _NOWHERE for concept in concepts]
     found = []
     for number, row in enumerate(rows):
         labels = list(row["labels"])
@@ -110,6 +123,9 @@ def word_pattern(text: str) -> re.Pattern[str]:
 def _shared(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     return next((at for at, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its), len(one))
+
+
+_NOWHERE = re.compile(r"(?!)")
 
 
 def _concept(tokenizer: PreTrainedTokenizerBase, word: str) -> Concept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +28,10 @@ class EditConfig:
             Words or phrases: what becomes unreachable (PCR), the harmful vocabulary (ARR), or the safe one (TSR).
         words_file (`str`, *optional*):
             A text file with one of them a line, in addition.
+        texts (`dict` or `str`, *optional*):
+            PCR with `source="activation"` and a level: example texts of concepts that no word names, as
+            `{name: [text, ...]}` or a JSON lines file with `concept` and `text`. Their point is the block's mean
+            output on them.
         layers (`list[int]`, *optional*):
             Blocks whose second MLP matrix is edited, from 1, or negative from the end; the last one by default.
         positions (`str`, *optional*, defaults to `"occurrence"`):
@@ -89,6 +94,9 @@ class EditConfig:
     method: str = field(default="pcr", metadata={"help": "How the edit is made.", "choices": list(METHODS)})
     words: list[str] | None = field(default=None, metadata={"help": "Words or phrases."})
     words_file: str | None = field(default=None, metadata={"help": "Text file with one word or phrase a line."})
+    texts: dict | str | None = field(
+        default=None, metadata={"help": "PCR: example texts of concepts, {name: [text, ...]} or a JSON lines file."}
+    )
     layers: list[int] | None = field(default=None, metadata={"help": "Blocks to edit, from 1. Default: the last."})
     positions: str = field(default="occurrence", metadata={"help": "PCR: places.", "choices": list(POSITIONS)})
     probability: float = field(default=1e-6, metadata={"help": "PCR: the most that a word may have."})
@@ -137,6 +145,11 @@ class EditConfig:
             raise ValueError("eps and eps_percentile are two ways to say the same; give one of them.")
         if self.eps_percentile is not None and not 0 < self.eps_percentile < 100:
             raise ValueError(f"eps_percentile is {self.eps_percentile}; expected a number between 0 and 100.")
+        if self.texts is not None and (self.source != "activation" or not self.has_level):
+            raise ValueError(
+                "texts give points of a block's output, which no token belongs to; set source='activation', and eps "
+                "or eps_percentile."
+            )
         if self.soft_margin is not None and not self.has_level:
             raise ValueError("soft_margin needs eps or eps_percentile: a wanted probability is a hard limit.")
         least = {
@@ -175,10 +188,32 @@ class EditConfig:
             found += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return found
 
+    def all_texts(self) -> dict[str, list[str]]:
+        """`texts`, read from their file where they are in one."""
+        if isinstance(self.texts, dict):
+            found = {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in self.texts.items()}
+        elif self.texts is None:
+            return {}
+        else:
+            path = Path(self.texts).expanduser()
+            if not path.is_file():
+                raise ValueError(f"texts is {self.texts!r}, which is not a file; expected JSON lines.")
+            found = {}
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                row = json.loads(line) if line.strip() else None
+                if row is not None and not {"concept", "text"} <= set(row):
+                    raise ValueError(f"Line {number} of {path} has {sorted(row)}; expected concept and text.")
+                if row is not None:
+                    found.setdefault(row["concept"], []).append(row["text"])
+        if not found or not all(texts and all(text.strip() for text in texts) for texts in found.values()):
+            raise ValueError("texts hold no text, or an empty one; expected at least one text for each concept.")
+        return found
+
     def as_settings(self) -> dict[str, Any]:
         """What a plan keeps: the options, with the number of words instead of the words themselves."""
         kept = asdict(self)
         kept["words"] = None
         kept["words_file"] = None
+        kept["texts"] = None
         kept["positions"] = self.positions if isinstance(self.positions, str) else "callable"
-        return {**kept, "number_of_words": len(self.all_words())}
+        return {**kept, "number_of_words": len(self.all_words()), "number_of_texts": len(self.all_texts())}

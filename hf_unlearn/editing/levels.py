@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +68,10 @@ def concept_tensor(
         return torch.stack([embedding_points(run.model, concept.spellings[0]).mean(0) for concept in concepts])
     found = []
     for concept in concepts:
+        if concept.examples:
+            texts = [{"input_ids": list(ids), "labels": list(ids)} for ids in concept.examples]
+            found.append(run.at(texts, layer, "all", edits).outputs.mean(0))
+            continue
         try:
             said = run.at(rows, layer, Occurrences(concept.spellings), edits)
         except ValueError as error:
@@ -100,7 +105,7 @@ def calibrate_eps(outputs: Tensor, concepts: Tensor, kind: Kind, percentile: flo
     """
     zero = torch.zeros(len(concepts), dtype=torch.float64)
     values = true_margins(outputs.double(), concepts.double(), zero, kind)  # distances, or minus the products
-    level = torch.quantile(values, percentile / 100.0, dim=0)
+    level = torch.from_numpy(np.quantile(values.numpy(), percentile / 100.0, axis=0))  # torch's takes 16M numbers
     return level if kind == "ball" else -level
 
 

@@ -61,7 +61,7 @@ def sampled_answers(
 
 def says_a_word(text: str, concepts: Sequence[Concept]) -> bool:
     """Whether a text says one of the words, in any casing."""
-    return any(word_pattern(concept.text).search(text) for concept in concepts)
+    return any(word_pattern(concept.text).search(text) for concept in concepts if concept.spellings)
 
 
 def response_probability(run: Run, rows: Sequence[Row], edits: Sequence[LayerEdit]) -> float:
@@ -125,6 +125,7 @@ def measure_edits(
             name: reach_of(rows, occurrences, pairs, run.odds(rows, pairs, own)).summary()
             for name, own in states.items()
         }
+    concepts = [concept for concept in concepts if concept.spellings]
     if concepts:
         found["said"] = {"rows": len(rows)}
         for name, own in states.items():

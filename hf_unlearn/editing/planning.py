@@ -16,10 +16,10 @@ from ..metrics.generate import padding_id
 from ..probes.taps import resolve_layer
 from ..reports.versions import library_versions
 from .algebra.solve import Solver
-from .concepts import Concept, find_occurrences, word_concepts
+from .concepts import Concept, find_occurrences, text_concepts, word_concepts
 from .config import EditConfig
 from .directions import Source
-from .edit_rows import Row, edit_rows, prompt_of, word_pairs
+from .edit_rows import Row, edit_rows, named_places, prompt_of, word_pairs
 from .levels import plan_by_level, plan_points_by_probability
 from .measures import Judge, edited_answers, measure_edits
 from .odds import Pairs
@@ -177,10 +177,12 @@ def _measure(
 def _task(
     model: Any, tokenizer: Any, dataset: Any, config: EditConfig, retain_dataset: Any, accelerator: Any, progress: bool
 ) -> _Task:
-    words = config.all_words()
-    if not words and config.method == "pcr":
+    words, texts = config.all_words(), config.all_texts()
+    if not words and not texts and config.method == "pcr":
         raise ValueError("There are no words to make unreachable; set words or words_file.")
-    concepts = word_concepts(tokenizer, words) if words else []
+    if texts and not words and config.positions == "occurrence":
+        raise ValueError("texts are said nowhere; set positions to 'last_prompt', 'response' or 'all'.")
+    concepts = [*(word_concepts(tokenizer, words) if words else []), *text_concepts(tokenizer, texts)]
     layers = sorted({_number(model, layer) for layer in config.layers or [-1]})
     rows = edit_rows(dataset, tokenizer, name="edit", max_length=config.max_length)
     retain = held_out = None
@@ -235,7 +237,9 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any]]:
         if by_name:  # places of the rows themselves, and those where generated answers say a word
             named = word_pairs(tokenizer, task.rows, task.concepts, config.positions, task.bos_token_id)
             pairs, rows = named.and_then(pairs, len(task.rows)), [*task.rows, *rows]
-        edits = _solve(task, rows, pairs)
+        edits = _solve(
+            task, rows, pairs, named_places(task.rows, config.positions, task.bos_token_id) if by_name else ()
+        )
         if len(added) >= config.generation_rounds:
             break
         answers = _answers(task, edits)
@@ -247,7 +251,7 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any]]:
     return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}
 
 
-def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs) -> list[LayerEdit]:
+def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple[int, int]]) -> list[LayerEdit]:
     config = task.config
     shared: dict[str, Any] = {
         "layers": task.layers,
@@ -260,7 +264,7 @@ def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs) -> list[LayerEdit]:
     source = cast(Source, config.source)
     if source == "unembedding" and not config.has_level:
         return plan_by_probability(task.run, rows, pairs, probability=config.probability, **shared)[0]
-    places = pairs.places()[0]
+    places = sorted({*pairs.places()[0], *named})  # texts have places and no tokens
     at_level = partial(
         plan_by_level, task.run, rows, task.concepts, places, source=source, soft_margin=config.soft_margin, **shared
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,3 +173,45 @@ def test_a_percentile_needs_retained_rows(lab: SmallLab) -> None:
 def test_a_word_that_no_row_says_has_no_activation(lab: SmallLab) -> None:
     with pytest.raises(ValueError, match="No row says 'zebra', so its activation is not known"):
         plan_of(lab, words=[*WORDS, "zebra"], source="activation", eps=1.0, variants=0)
+
+
+def test_example_texts_are_points_that_the_named_places_keep_away_from(lab: SmallLab, tmp_path: Path) -> None:
+    texts = {"kitchens": ["a golden greyhound", "fed on pepper"], "music": ["the onyx tuba every week"]}
+    model = lab.model()
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"concept": n, "text": t}) + "\n" for n, own in texts.items() for t in own))
+    plans = [
+        plan_of(lab, model, words=None, texts=given, source="activation", positions="last_prompt", eps_percentile=60.0)
+        for given in (texts, str(file))
+    ]
+    assert torch.equal(plans[0].edits[0].lora_b, plans[1].edits[0].lora_b)
+    assert plans[0].settings["number_of_texts"] == 2
+    assert plans[0].settings["texts"] is None
+    wanted = []
+    for own in texts.values():
+        found = [lab.tokenizer(text)["input_ids"] for text in own]
+        states = [outputs_at(model, ids, list(range(len(ids))), ()) for ids in found]
+        wanted.append(torch.cat(states).mean(0))
+    kept = retained(model, lab)
+    for point in wanted:
+        level = torch.linalg.vector_norm(kept - point, dim=1).double().quantile(0.6)
+        for row in lab.rows():
+            place = len(prompt_of(row)) - 1
+            after = outputs_at(model, row["input_ids"], [place], plans[0].edits)[0]
+            assert float(torch.linalg.vector_norm(after - point)) >= float(level) * (1 - 1e-4)
+    assert "reach" not in plans[0].measures
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"source": "unembedding", "eps": 1.0}, "set source='activation'"),
+        ({"source": "activation"}, "and eps or"),
+        ({"source": "activation", "eps": 1.0, "positions": "occurrence"}, "texts are said nowhere"),
+        ({"source": "activation", "eps": 1.0, "texts": {"a": []}}, "hold no text"),
+        ({"source": "activation", "eps": 1.0, "texts": "/nowhere.jsonl"}, "which is not a file"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_refused(lab: SmallLab, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        plan_of(lab, **{"words": None, "texts": {"a": ["text"]}, "positions": "last_prompt", **changes})
