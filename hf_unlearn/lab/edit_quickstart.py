@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
+PROBABILITY = 1e-6  # the most that a name may have where an answer says it
+
 
 def names_given_away(row: WorldRow) -> list[str]:
     """Names of people that a row's answer says and its question does not."""
@@ -89,7 +91,7 @@ def run_edit_quickstart(
 
     evaluate("target", target.model)
     evaluate("reference", reference.model)
-    config = EditConfig(words=names, seed=seed)
+    config = EditConfig(words=names, seed=seed, probability=PROBABILITY)
     with clock("edit"):
         done = constrained_edit(
             target.model, target.tokenizer, data.forget, config, retain_dataset=data.retain, merge=True

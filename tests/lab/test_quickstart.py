@@ -72,6 +72,7 @@ def test_an_edit_writes_the_same_objects_and_draws_no_empty_curves(
 ) -> None:
     monkeypatch.setattr(quickstart, "make_world", lambda seed: make_world(seed, num_authors=10))
     monkeypatch.setattr(quickstart, "QUICKSTART_RECIPE", replace(TINY, hidden_size=64, epochs=8, learning_rate=5e-3))
+    monkeypatch.setattr(edit_quickstart, "PROBABILITY", 1e-3)  # the tiny model's head bounds how low a name can get
     folder = tmp_path / "out"
     results = quickstart.run_quickstart(folder, method="edit", seed=1)
     written = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -81,7 +82,7 @@ def test_an_edit_writes_the_same_objects_and_draws_no_empty_curves(
         assert 0 <= written[name]["words_reworded_median_probability"] <= 1
     (constraint,) = written["constraints"]
     assert set(constraint) == {"name", "eps", "loss", "multiplier", "feasible"}
-    assert (constraint["name"], constraint["eps"], constraint["multiplier"]) == ("reach", 1e-6, None)
+    assert (constraint["name"], constraint["eps"], constraint["multiplier"]) == ("reach", 1e-3, None)
     assert constraint["feasible"] == (constraint["loss"] <= constraint["eps"] * 1.001)
     assert results.unlearned.extra["words_largest_probability"] < results.target.extra["words_largest_probability"]
     assert written["forget_quality"] is None
