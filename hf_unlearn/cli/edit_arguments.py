@@ -74,7 +74,7 @@ def check_request(given: EditArguments, config: EditConfig, model_args: Any) -> 
         raise ValueError("model_name_or_path is missing: the id or the folder of the model to edit.")
     if given.dataset is None:
         raise ValueError("dataset is missing: rows that say the words, or prompts (hub id, folder or file).")
-    if config.method == "pcr" and not config.all_words():
+    if config.method == "pcr" and not config.all_words() and not config.all_texts():
         raise ValueError("There are no words to make unreachable; give --words, or --words_file (one a line).")
     config.all_words()  # of the other methods too: a file that is not there is an error
     if model_args.use_peft:

@@ -343,7 +343,9 @@ class ConstrainedEditCallback(TrainerCallback):
                 f"After the edit a word still has a probability of {reached:.2g}, above the wanted {wanted:.2g}"
                 + (": rounding eats a part of it. Train in float32, or edit with an adapter." if lost else ".")
             )
+        plan = replace(plan, settings={**plan.settings, "probability": wanted})
         return plan.with_measures(
+            planned_probability=asked.probability,
             **found,
             realised={str(layer): share for layer, share in held[-1].realised.items()},
             step=state.global_step,

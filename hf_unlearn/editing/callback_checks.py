@@ -35,7 +35,7 @@ def check_arguments(
     """
     if not isinstance(config, EditConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected an EditConfig.")
-    if not config.all_words() and config.method == "pcr":
+    if not config.all_words() and not config.all_texts() and config.method == "pcr":
         raise ValueError("There are no words to make unreachable; set words or words_file in the EditConfig.")
     for name, rows in datasets.items():
         if rows is None and name != "dataset":

@@ -115,9 +115,16 @@ def find_occurrences(
 
 
 def word_pattern(text: str) -> re.Pattern[str]:
-    """A pattern that finds `text` as a whole word, in any casing and over any white space."""
+    """
+    A pattern that finds `text` as a whole word, in any casing and over any white space; as it stands in scripts that
+    put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese).
+    """
     inner = r"\s+".join(re.escape(part) for part in text.split())
-    return re.compile(rf"(?<!\w){inner}(?!\w)", re.IGNORECASE)
+    before, after = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
+    return re.compile(
+        (before if re.match(_LETTER, text) else "") + inner + (after if re.match(_LETTER, text[-1:]) else ""),
+        re.IGNORECASE,
+    )
 
 
 def _shared(one: str, other: str) -> int:
@@ -125,6 +132,8 @@ def _shared(one: str, other: str) -> int:
     return next((at for at, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its), len(one))
 
 
+# A letter, digit or underscore of a script that puts spaces between words.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 _NOWHERE = re.compile(r"(?!)")
 
 

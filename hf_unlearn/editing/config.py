@@ -145,10 +145,10 @@ class EditConfig:
             raise ValueError("eps and eps_percentile are two ways to say the same; give one of them.")
         if self.eps_percentile is not None and not 0 < self.eps_percentile < 100:
             raise ValueError(f"eps_percentile is {self.eps_percentile}; expected a number between 0 and 100.")
-        if self.texts is not None and (self.source != "activation" or not self.has_level):
+        if self.texts is not None and (self.method != "pcr" or self.source != "activation" or not self.has_level):
             raise ValueError(
-                "texts give points of a block's output, which no token belongs to; set source='activation', and eps "
-                "or eps_percentile."
+                "texts give points of a block's output, which no token belongs to; use method='pcr', "
+                "set source='activation', and eps or eps_percentile."
             )
         if self.soft_margin is not None and not self.has_level:
             raise ValueError("soft_margin needs eps or eps_percentile: a wanted probability is a hard limit.")

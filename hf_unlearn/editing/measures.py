@@ -126,12 +126,13 @@ def measure_edits(
             for name, own in states.items()
         }
     concepts = [concept for concept in concepts if concept.spellings]
-    if concepts:
+    rows = [row for row in rows if prompt_of(row)]  # text alone has nothing to answer
+    if concepts and rows:
         found["said"] = {"rows": len(rows)}
         for name, own in states.items():
             texts = edited_answers(run, tokenizer, rows, own, max_new_tokens=max_new_tokens)
             found["said"][name] = sum(says_a_word(text, concepts) for text in texts)
-    if concepts and samples:
+    if concepts and rows and samples:
         found["sampled"] = {"answers": samples * len(rows)}
         for name, own in states.items():
             texts = sampled_answers(run, tokenizer, rows, own, count=samples, max_new_tokens=max_new_tokens, seed=seed)
@@ -143,7 +144,7 @@ def measure_edits(
         }
     if attack_rows:
         found["attack"] = {"prompts": len(attack_rows), "success": {}, "refused": {}}
-        prompts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in attack_rows]
+        prompts = [tokenizer.decode(prompt_of(row), skip_special_tokens=True) for row in attack_rows]
         for name, own in states.items():
             texts = edited_answers(run, tokenizer, attack_rows, own, max_new_tokens=max_new_tokens)
             judged = zip(prompts, texts, strict=True)
@@ -155,12 +156,13 @@ def measure_edits(
 def _with_before(found: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """`before` of what is known already, and how far the words' probability has fallen."""
     for name in {"reach", "said", "sampled", "retain_probability"} & found.keys() & known.keys():
-        found[name].setdefault("before", known[name]["before"])
+        if "before" in known[name]:
+            found[name].setdefault("before", known[name]["before"])
     if "attack" in found and "attack" in known:
         for name in ("success", "refused"):
             found["attack"][name].setdefault("before", known["attack"][name]["before"])
-    if "reach" in found:
-        before, after = (found["reach"][name]["log_probs"] for name in ("before", "after"))
-        falls = sorted(math.exp(min(high - low, 700.0)) for high, low in zip(before, after, strict=True))
+    pair = [found.get("reach", {}).get(name, {}).get("log_probs", []) for name in ("before", "after")]
+    if pair[0] and len(pair[0]) == len(pair[1]):
+        falls = sorted(math.exp(min(high - low, 700.0)) for high, low in zip(*pair, strict=True))
         found["reach"] |= {"smallest_fall": falls[0], "median_fall": falls[len(falls) // 2]}
     return found

@@ -74,7 +74,8 @@ class EditPlan:
     """
     Edits of one or several matrices, in ascending order of their blocks, and how they came about.
 
-    A plan holds neither the words nor the prompts that it was made for: it may be published with the model.
+    A plan lists neither the words nor the prompts that it was made for. Its factors still tell: with the base model at
+    hand, the output directions that they span name the first tokens of the words.
 
     Args:
         method (`str`):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from accelerate.utils import extract_model_from_parallel
 from transformers.utils import logging
 
 from ..attacks.refusal import attack_succeeds
@@ -177,6 +178,7 @@ def _measure(
 def _task(
     model: Any, tokenizer: Any, dataset: Any, config: EditConfig, retain_dataset: Any, accelerator: Any, progress: bool
 ) -> _Task:
+    model = extract_model_from_parallel(model, keep_torch_compile=False)  # what DDP has put around it
     words, texts = config.all_words(), config.all_texts()
     if not words and not texts and config.method == "pcr":
         raise ValueError("There are no words to make unreachable; set words or words_file.")
@@ -277,9 +279,12 @@ def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple
 
 def _answers(task: _Task, edits: Sequence[LayerEdit]) -> list[Row]:
     """Rows with the model's own answers in place of the responses."""
-    texts = edited_answers(task.run, task.tokenizer, task.rows, edits, max_new_tokens=task.config.max_new_tokens)
+    asked = [row for row in task.rows if prompt_of(row)]  # text alone has nothing to answer
+    if not asked:
+        return []
+    texts = edited_answers(task.run, task.tokenizer, asked, edits, max_new_tokens=task.config.max_new_tokens)
     rows = []
-    for row, text in zip(task.rows, texts, strict=True):
+    for row, text in zip(asked, texts, strict=True):
         prompt = prompt_of(row)
         said = task.tokenizer.decode(row["input_ids"][len(prompt) :])
         space = said[: len(said) - len(said.lstrip())]  # generated text comes without the space that it began with

@@ -10,7 +10,7 @@ from small_lab import SmallLab
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_unlearn.editing.concepts import Concept, find_occurrences, word_concepts
+from hf_unlearn.editing.concepts import Concept, find_occurrences, word_concepts, word_pattern
 from hf_unlearn.editing.edit_rows import edit_rows, named_places, prompt_of, word_pairs
 from hf_unlearn.editing.variants import with_variants
 from hf_unlearn.lab.tokenizer import train_tokenizer
@@ -240,3 +240,18 @@ def test_variants_lose_a_part_of_the_prompt_and_nothing_else(lab: SmallLab) -> N
         lost, kept = lost + len(prompt) - len(short), kept + len(short)
     assert 0.1 < lost / (lost + kept) < 0.5
     assert with_variants(rows, count=0, protected=special) == rows
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "found"),
+    [
+        ("北京", "我住在北京。", True),
+        ("さくら", "花はさくらです", True),
+        ("กรุงเทพ", "ฉันอยู่ที่กรุงเทพค่ะ", True),
+        ("cat", "我有cat吗", True),
+        ("cat", "category", False),
+        ("Straße", "Straßenbahn", False),
+    ],
+)
+def test_whole_words_are_those_of_scripts_with_spaces(word: str, text: str, found: bool) -> None:
+    assert bool(word_pattern(word).search(text)) == found

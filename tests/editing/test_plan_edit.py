@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,3 +312,32 @@ def test_answers_that_still_say_a_word_are_taken_in(lab: SmallLab) -> None:
 def test_no_words_are_refused(lab: SmallLab, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="There are no words to make unreachable; set words or words_file"):
         plan_of(lab, **changes)
+
+
+def test_text_alone_is_edited_and_nothing_is_generated_for_it(lab: SmallLab) -> None:
+    rows = [{"text": "So " + row["answer"]} for row in lab.forget]
+    plan = plan_of(lab, dataset=rows, probability=1e-3, generation_rounds=2)
+    assert plan.measures["reach"]["after"]["largest_first_probability"] <= 1e-3 * (1 + 1e-3)
+    assert "said" not in plan.measures
+    assert "sampled" not in plan.measures
+
+
+def test_what_was_not_measured_before_is_measured_after(lab: SmallLab) -> None:
+    config = EditConfig(**QUICK)
+    options: dict[str, Any] = {"retain_dataset": lab.retain, "progress": False}
+    model = lab.model()
+    plan = plan_edit(model, lab.tokenizer, lab.forget, config, measure=False, **options)
+    found = planning.verify_plan(model, lab.tokenizer, lab.forget, config, plan, **options)
+    assert "before" not in found["reach"]
+    assert "smallest_fall" not in found["reach"]
+
+
+def test_a_wrapped_model_is_looked_into(lab: SmallLab, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(lab.model())
+        plan = plan_of(lab, wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    alone = plan_of(lab)
+    assert torch.equal(plan.edits[0].lora_b, alone.edits[0].lora_b)
