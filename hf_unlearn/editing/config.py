@@ -56,8 +56,8 @@ class EditConfig:
         soft_margin (`float`, *optional*):
             PCR with `eps` or `eps_percentile`: price of what a margin lacks; hard constraints by default.
         variants (`int`, *optional*, defaults to `4`):
-            PCR: copies of each row whose prompt has lost tokens, constrained too, so that the edit holds for other
-            wordings.
+            PCR with `positions="occurrence"`: copies of each row whose prompt has lost tokens, constrained too, so
+            that the edit holds for other wordings.
         generation_rounds (`int`, *optional*, defaults to `2`):
             PCR: after an edit is found, answers are generated with it; places where they still say a word are added
             and the edit is made anew, at most so often. 0: off.

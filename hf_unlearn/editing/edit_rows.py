@@ -27,6 +27,7 @@ def edit_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, ma
     Raises:
         ValueError: no rows, or rows that cannot be read.
     """
+    check_sized(dataset, name)
     if not len(dataset):
         raise ValueError(f"The {name} dataset has no rows; expected at least one.")
     first = dataset[0]
@@ -37,6 +38,15 @@ def edit_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, ma
             return [{"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)} for ids in rows]
     prepared = prepare_dataset(dataset, tokenizer, name=name, max_length=max_length)
     return [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in prepared]
+
+
+def check_sized(dataset: Any, name: str) -> None:
+    """Raises TypeError for a stream, a dict of splits or a name: rows are counted, drawn and read more than once."""
+    if not hasattr(dataset, "__len__") or isinstance(dataset, str | Mapping):
+        raise TypeError(
+            f"The {name} dataset is a {type(dataset).__name__}; expected a Dataset or a list of rows (take one split; "
+            "of a stream, list(stream.take(n)))."
+        )
 
 
 def prompt_of(row: Mapping[str, Sequence[int]]) -> list[int]:

@@ -20,7 +20,7 @@ from .algebra.solve import Solver
 from .concepts import Concept, find_occurrences, text_concepts, word_concepts
 from .config import EditConfig
 from .directions import Source
-from .edit_rows import Row, edit_rows, named_places, prompt_of, word_pairs
+from .edit_rows import Row, check_sized, edit_rows, named_places, prompt_of, word_pairs
 from .levels import plan_by_level, plan_points_by_probability
 from .measures import Judge, edited_answers, measure_edits
 from .odds import Pairs
@@ -194,6 +194,7 @@ def _task(
             "neither weighed nor measured."
         )
     else:
+        check_sized(retain_dataset, "retain")
         order = np.random.default_rng(config.seed).permutation(len(retain_dataset))
         chosen = order[: config.retain_examples + _HELD_OUT].tolist()
         few = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import DatasetDict
 from planned import same, state
 from small_lab import SmallLab
 
@@ -341,3 +342,10 @@ def test_a_wrapped_model_is_looked_into(lab: SmallLab, tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     alone = plan_of(lab)
     assert torch.equal(plan.edits[0].lora_b, alone.edits[0].lora_b)
+
+
+@pytest.mark.parametrize("which", ["dataset", "retain"])
+def test_streams_and_dicts_of_splits_are_refused(lab: SmallLab, which: str) -> None:
+    for rows in (lab.forget.to_iterable_dataset(), DatasetDict({"train": lab.forget}), "locuslab/TOFU"):
+        with pytest.raises(TypeError, match="expected a Dataset or a list of rows"):
+            plan_of(lab, **{which: rows})
