@@ -76,10 +76,10 @@ class Agreement:
         Raises:
             EditError: it failed on this process or, the same on all of them, on another one.
         """
-        result: Result | None = None
+        results: list[Result] = []
         failure: Exception | None = None
         try:
-            result = function()
+            results.append(function())
         except Exception as error:
             failure = error
         mine = _Outcome(None if failure is None else f"{type(failure).__name__}: {failure}")
@@ -97,7 +97,7 @@ class Agreement:
                 f"The constrained edit after step {self._step} failed while {what}{';'.join(texts)} The model is "
                 "as it was before the edit."
             ) from failure
-        return result  # type: ignore[return-value]  # None only where Result is
+        return results[0]
 
     def from_main(self, value: Result) -> Result:
         """The main process's value, on every process."""

@@ -108,7 +108,7 @@ def named_places(
     for number, row in enumerate(rows):
         batch = pad_rows([row], pad_token_id=0)
         batch["index"] = torch.tensor([number])
-        mask = position_mask(batch, positions, bos_token_id)  # type: ignore[arg-type]  # a name is checked there
+        mask = position_mask(batch, positions, bos_token_id)
         found += [(number, place) for place in mask[0].nonzero().squeeze(1).tolist()]
     if not found:
         raise ValueError(

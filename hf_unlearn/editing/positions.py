@@ -22,7 +22,7 @@ Positions = PositionName | Callable[[Mapping[str, Tensor]], Tensor]
 """
 
 
-def position_mask(batch: Mapping[str, Tensor], positions: Positions, bos_token_id: int | None) -> Tensor:
+def position_mask(batch: Mapping[str, Tensor], positions: Positions | str, bos_token_id: int | None) -> Tensor:
     """
     The chosen tokens `(B, T)`, boolean; never padding, and never a BOS token at the start of a row: its activations
     are far larger than all others, whatever follows.
