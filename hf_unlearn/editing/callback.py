@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from .held import settle
 from .measures import Judge
 from .plan import PLAN_FILE, EditPlan
 from .planning import plan_edit, verify_plan
+from .settled import Stages, settled_edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 EDIT_FOLDER = "edit"
-_TRIES = 3  # plans that aim lower and lower where rounding has eaten a merged edit
-_SLACK = 1.05  # of the wanted probability, that a merge may miss
 
 
 class ConstrainedEditCallback(TrainerCallback):
@@ -317,7 +315,7 @@ class ConstrainedEditCallback(TrainerCallback):
         held: list[AppliedEdit],
     ) -> EditPlan:
         """One plan on all processes, applied and measured; made anew for less where rounding has eaten too much."""
-        model, merge, wanted = task["model"], merges(self.merge, task["model"]), self.config.probability
+        model, merge = task["model"], merges(self.merge, task["model"])
         shared = {
             **task,
             "attack_dataset": self.attack_dataset,
@@ -325,32 +323,24 @@ class ConstrainedEditCallback(TrainerCallback):
             "accelerator": Processes(args) if args.world_size > 1 else None,
             "progress": state.is_world_process_zero and not args.disable_tqdm,
         }
-        asked = self.config
-        for number in range(_TRIES + 1):
+
+        def make(asked: EditConfig) -> EditPlan:
             planning = partial(plan_edit, **{**shared, "config": asked})
             plan: EditPlan = agreement.from_main(agreement.stage("planning", planning, runs_model=True))
+            return plan
+
+        def put(plan: EditPlan) -> AppliedEdit:
             agreement.stage("applying", partial(self._apply, model, plan, held))
-            verifying = partial(verify_plan, plan=plan, **{**shared, "model": held[-1].model})
-            found = agreement.from_main(agreement.stage("verifying", verifying, runs_model=True))
-            reached, planned = _first_probability(found), _first_probability(plan.measures)
-            lost = merge and self.config.searches and reached > max(wanted, planned) * _SLACK
-            if not lost or number == _TRIES:
-                break
-            held.pop().undo()
-            asked = replace(asked, probability=asked.probability * wanted / reached / 2.0)
-        if self.config.searches and reached > wanted * _SLACK:
-            logger.warning(
-                f"After the edit a word still has a probability of {reached:.2g}, above the wanted {wanted:.2g}"
-                + (": rounding eats a part of it. Train in float32, or edit with an adapter." if lost else ".")
-            )
-        plan = replace(plan, settings={**plan.settings, "probability": wanted})
-        return plan.with_measures(
-            planned_probability=asked.probability,
-            **found,
-            realised={str(layer): share for layer, share in held[-1].realised.items()},
-            step=state.global_step,
-            applied_as="merged" if merge else "adapter",
-        )
+            return held[-1]
+
+        def measured(plan: EditPlan, applied: AppliedEdit) -> dict[str, Any]:
+            verifying = partial(verify_plan, plan=plan, **{**shared, "model": applied.model})
+            found: dict[str, Any] = agreement.from_main(agreement.stage("verifying", verifying, runs_model=True))
+            return found
+
+        stages = Stages(plan=make, apply=put, verify=measured, undo=lambda applied: held.pop().undo())
+        plan, _ = settled_edit(self.config, stages, model=model, merge=merge)
+        return plan.with_measures(step=state.global_step, applied_as="merged" if merge else "adapter")
 
     # ---- files and logs -----------------------------------------------------------------------------------------
 
@@ -373,8 +363,3 @@ class ConstrainedEditCallback(TrainerCallback):
 
 def _plan_in(folder: Path) -> EditPlan | None:
     return EditPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
-
-
-def _first_probability(measures: dict[str, Any]) -> float:
-    probability: float = measures.get("reach", {}).get("after", {}).get("largest_first_probability", 0.0)
-    return probability

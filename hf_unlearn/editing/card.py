@@ -52,8 +52,8 @@ def card_section(plan: EditPlan, *, adapter_name: str | None = None) -> str:
 def edit_metrics(plan: EditPlan) -> dict[str, float]:
     """
     What is logged of an edit: `edit/rank`, `edit/norm`, `edit/realised` and, where they were measured,
-    `edit/largest_probability`, `edit/largest_first_probability`, `edit/said`, `edit/retain_probability`,
-    `edit/attack_success`; of the last five also `..._before`.
+    `edit/constrained_probability`, `edit/largest_probability`, `edit/said`, `edit/sampled`, `edit/retain_probability`,
+    `edit/attack_success`; of the last six also `..._before`.
     """
     measures = plan.measures
     found: dict[str, float] = {
@@ -64,8 +64,9 @@ def edit_metrics(plan: EditPlan) -> dict[str, float]:
     reach, attack = measures.get("reach", {}), measures.get("attack", {})
     for when, suffix in (("after", ""), ("before", "_before")):
         if reach:
-            for name in ("largest_probability", "largest_first_probability"):
-                found[f"edit/{name}{suffix}"] = reach[when][name]
+            found[f"edit/largest_probability{suffix}"] = reach[when]["largest_probability"]
+        if "constrained" in measures:
+            found[f"edit/constrained_probability{suffix}"] = measures["constrained"][when]
         for name in ("said", "sampled", "retain_probability"):
             if name in measures:
                 found[f"edit/{name}{suffix}"] = measures[name][when]
@@ -126,7 +127,7 @@ def _what(plan: EditPlan, adapter_name: str | None) -> list[list[str]]:
     ]
     searched = plan.method == "pcr" and settings.get("eps") is None and settings.get("eps_percentile") is None
     if searched and "probability" in settings:
-        rows.append(["Probability that a word may begin with, at most", _number(settings["probability"])])
+        rows.append(["Probability that a word may have, at most", _number(settings["probability"])])
     if "step" in plan.measures:
         rows.append(["After optimizer step", str(plan.measures["step"])])
     rows.append(["Applied as", "merged into the weights" if adapter_name is None else f"adapter `{adapter_name}`"])
@@ -137,12 +138,15 @@ def _what(plan: EditPlan, adapter_name: str | None) -> list[list[str]]:
 
 def _measured(measures: dict[str, Any]) -> list[list[str]]:
     rows = []
+    if "constrained" in measures:
+        held = measures["constrained"]
+        text = f"Largest probability at all {held['pairs']} places and tokens that the edit was made for"
+        rows.append([text, *(_number(held[when]) for when in ("before", "after"))])
     if "reach" in measures:
         reach = measures["reach"]
         names = {
-            "largest_first_probability": "Largest probability that a word begins where the rows say it",
-            "largest_probability": "Largest probability of a whole word there",
-            "lowest_rank": "Lowest rank of a word's first token there",
+            "largest_probability": "Largest probability of a word where the rows say it",
+            "lowest_rank": "Lowest rank of a word there",
         }
         rows += [[text, *(_number(reach[when][key]) for when in ("before", "after"))] for key, text in names.items()]
     if "said" in measures:

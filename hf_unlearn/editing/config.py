@@ -13,6 +13,7 @@ from .positions import PositionName
 Method = Literal["pcr", "tsr", "arr"]
 METHODS: tuple[Method, ...] = get_args(Method)
 POSITIONS = ("occurrence", *get_args(PositionName))
+TOKENS = ("distinct", "first")
 
 
 @dataclass(kw_only=True)
@@ -36,10 +37,14 @@ class EditConfig:
             Blocks whose second MLP matrix is edited, from 1, or negative from the end; the last one by default.
         positions (`str`, *optional*, defaults to `"occurrence"`):
             PCR: at which tokens. `"occurrence"`: before every occurrence of a word in a response; `"last_prompt"`,
-            `"response"` or `"all"`: there, whatever the rows say.
+            `"response"`, `"predicting"` (whose outputs predict the response) or `"all"`: there, whatever the rows say.
+        token (`str`, *optional*, defaults to `"distinct"`):
+            PCR with `positions="occurrence"`: the token by which a word is stopped where a row says it. `"distinct"`:
+            the one by which it differs from what retain rows say, see [`distinct_token`]; the first without retain
+            rows, with levels, and with points. `"first"`: the first, so that the word cannot even begin.
         probability (`float`, *optional*, defaults to `1e-6`):
-            PCR: the most that the first token of a word may have at its places, by a real forward pass. The levels of
-            the constraints are searched for it. Not used with `eps` or `eps_percentile`.
+            PCR: the most that this token, and so the word, may have at its places, by a real forward pass. The levels
+            of the constraints are searched for it. Not used with `eps` or `eps_percentile`.
         source (`str`, *optional*, defaults to `"unembedding"`):
             PCR: what words are in the space of a block's output: `"unembedding"` (directions of the output head),
             `"embedding"` (points: input embeddings, as in the paper) or `"activation"` (points: the block's own mean
@@ -56,8 +61,8 @@ class EditConfig:
         soft_margin (`float`, *optional*):
             PCR with `eps` or `eps_percentile`: price of what a margin lacks; hard constraints by default.
         variants (`int`, *optional*, defaults to `4`):
-            PCR with `positions="occurrence"`: copies of each row whose prompt has lost tokens, constrained too, so
-            that the edit holds for other wordings.
+            PCR: copies of each row whose prompt has lost tokens, constrained too, so that the edit holds for other
+            wordings.
         generation_rounds (`int`, *optional*, defaults to `2`):
             PCR: after an edit is found, answers are generated with it; places where they still say a word are added
             and the edit is made anew, at most so often. 0: off.
@@ -99,6 +104,7 @@ class EditConfig:
     )
     layers: list[int] | None = field(default=None, metadata={"help": "Blocks to edit, from 1. Default: the last."})
     positions: str = field(default="occurrence", metadata={"help": "PCR: places.", "choices": list(POSITIONS)})
+    token: str = field(default="distinct", metadata={"help": "PCR: token that stops a word.", "choices": list(TOKENS)})
     probability: float = field(default=1e-6, metadata={"help": "PCR: the most that a word may have."})
     source: str = field(default="unembedding", metadata={"help": "PCR: what words are.", "choices": list(SOURCES)})
     eps: float | None = field(default=None, metadata={"help": "PCR: distance or level, instead of probability."})
@@ -129,6 +135,7 @@ class EditConfig:
         choices = {
             "method": METHODS,
             "positions": POSITIONS,
+            "token": TOKENS,
             "source": SOURCES,
             "solver": ("joint", "greedy"),
             "radius_unit": ("relative", "absolute"),

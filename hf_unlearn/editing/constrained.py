@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from transformers.utils import logging
 
 from ..attacks.refusal import attack_succeeds
 from .apply import AppliedEdit, apply_edit
 from .config import EditConfig
 from .measures import Judge
-from .mlp import mlp_output
-from .plan import EditPlan, base_matrix
+from .plan import EditPlan
 from .planning import plan_edit, verify_plan
+from .settled import Stages, settled_edit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.get_logger(__name__)
-
-_TRIES = 3  # plans that aim lower where rounding has eaten a merged edit
-_SLACK = 1.05  # of the wanted probability, that a merge may miss
 
 
 @dataclass
@@ -88,49 +81,11 @@ def constrained_edit(
         "accelerator": accelerator,
         "progress": progress,
     }
-    plan = plan_edit(model, tokenizer, dataset, config, **shared)
-    asked = config
-    for number in range(_TRIES + 1):
-        applied = apply_edit(model, plan, as_adapter=as_adapter, merge=merge, adapter_name=adapter_name)
-        try:
-            found = verify_plan(applied.model, tokenizer, dataset, config, plan, **shared)
-        except BaseException:
-            applied.undo()
-            raise
-        reached = found.get("reach", {}).get("after", {}).get("largest_first_probability", 0.0)
-        planned = plan.measures.get("reach", {}).get("after", {}).get("largest_first_probability", 0.0)
-        lost = merge and config.searches and reached > max(config.probability, planned) * _SLACK
-        if not lost:
-            break
-        if number == _TRIES:
-            logger.warning(
-                "Rounding still eats a part of the merged edit: see measures['reach']. Apply it as an adapter, or "
-                "merge into float32 weights."
-            )
-            break
-        applied.undo()
-        asked = replace(asked, probability=asked.probability * config.probability / reached / 2.0)
-        logger.warning(
-            f"The merged weights have taken {min(applied.realised.values()):.0%} of the edit, and a word still has a "
-            f"probability of {reached:.2g}: planning anew for {asked.probability:.2g}."
-        )
-        try:
-            plan = plan_edit(model, tokenizer, dataset, asked, **shared)
-        except ValueError as error:
-            raise ValueError(
-                f"Merged into {_types(model, plan)}, the edit leaves a word a probability of {reached:.2g}, above "
-                f"{config.probability:g}, and none that aims lower was found. The model is as it was. Apply the edit "
-                "as an adapter, or merge into float32 weights."
-            ) from error
-    plan = replace(plan, settings={**plan.settings, "probability": config.probability})
-    plan = plan.with_measures(
-        planned_probability=asked.probability,
-        **found,
-        realised={str(layer): share for layer, share in applied.realised.items()},
+    stages = Stages(
+        plan=lambda asked: plan_edit(model, tokenizer, dataset, asked, **shared),
+        apply=lambda plan: apply_edit(model, plan, as_adapter=as_adapter, merge=merge, adapter_name=adapter_name),
+        verify=lambda plan, applied: verify_plan(applied.model, tokenizer, dataset, config, plan, **shared),
+        undo=AppliedEdit.undo,
     )
+    plan, applied = settled_edit(config, stages, model=model, merge=merge)
     return EditResult(model=applied.model, plan=plan, applied=applied)
-
-
-def _types(model: Any, plan: EditPlan) -> str:
-    found = {str(base_matrix(mlp_output(model, edit.layer).module).weight.dtype) for edit in plan.edits}
-    return ", ".join(sorted(found)).replace("torch.", "")

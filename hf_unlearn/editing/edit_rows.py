@@ -9,7 +9,8 @@ import torch
 
 from ..data import pad_rows, prepare_dataset, tokenize_prompt
 from ..losses import IGNORE_INDEX
-from .concepts import Concept, find_occurrences
+from .concepts import Concept, Occurrence, find_occurrences
+from .distinct import SaidText, distinct_token
 from .odds import Pairs
 from .positions import position_mask
 
@@ -62,37 +63,47 @@ def word_pairs(
     concepts: Sequence[Concept],
     positions: str | Callable[..., Any],
     bos_token_id: int | None,
+    kept: SaidText | None = None,
 ) -> Pairs:
     """
-    Where the words must not begin. `"occurrence"`: before each occurrence in a response, with the token that begins it
-    there and all first tokens of that word; otherwise all first tokens of all words at each place.
+    Where the words must not go on. `"occurrence"`: within each occurrence in a response, with the token that it has
+    there, the first or, given what has to stay, the one of [`distinct_token`], and with those that other spellings of
+    the word have after the same beginning. Otherwise all first tokens of all words at each place.
 
     Raises:
         ValueError: no place is found.
     """
     if positions == "occurrence":
-        occurrences = [
-            one
-            for one in find_occurrences(tokenizer, rows, concepts)
+        found = [(one, _token_of(one, rows[one.row], kept)) for one in find_occurrences(tokenizer, rows, concepts)]
+        triples = [
+            (one.row, place - 1, token)
+            for one, place in found
             # nothing to edit before the first token, and nothing is edited at BOS
-            if one.start > 1 or (one.start == 1 and rows[one.row]["input_ids"][0] != bos_token_id)
+            if place > 1 or (place == 1 and rows[one.row]["input_ids"][0] != bos_token_id)
+            for token in _continuations(rows[one.row]["input_ids"][one.start : place + 1], concepts[one.concept])
         ]
-        if not occurrences:
+        if not triples:
             raise ValueError(
                 f"No activation found: none of the {len(concepts)} words occurs in a response (where one begins with "
                 "the word, the prompt must be more than a BOS token). Give rows that say them, or "
                 "positions='last_prompt'."
             )
-        return Pairs.of(
-            [
-                (one.row, one.start - 1, token)
-                for one in occurrences
-                for token in {int(rows[one.row]["input_ids"][one.start]), *concepts[one.concept].first}
-            ]
-        )
+        return Pairs.of(triples)
     tokens = sorted({token for concept in concepts for token in concept.first})
     places = named_places(rows, positions, bos_token_id)
     return Pairs.of([(row, place, token) for row, place in places for token in tokens])
+
+
+def _token_of(one: Occurrence, row: Row, kept: SaidText | None) -> int:
+    """The place in the row of the token by which an occurrence is stopped."""
+    return one.start + (0 if kept is None else distinct_token(row["input_ids"][one.start : one.stop], kept))
+
+
+def _continuations(said: Sequence[int], concept: Concept) -> set[int]:
+    """The last of the given tokens, and those that spellings of the word have after the others."""
+    *begun, token = map(int, said)
+    others = (spelling for spelling in concept.spellings if len(spelling) > len(begun))
+    return {token, *(spelling[len(begun)] for spelling in others if list(spelling[: len(begun)]) == begun)}
 
 
 def named_places(

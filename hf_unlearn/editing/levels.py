@@ -154,7 +154,7 @@ def plan_by_level(
     edits: list[LayerEdit] = []
     for layer in layers:
         read = run.at(rows, layer, Places(places), edits)
-        kept = None if retain_rows is None else run.at(retain_rows, layer, "response", edits)
+        kept = None if retain_rows is None else run.at(retain_rows, layer, "predicting", edits)
         named = concept_tensor(run, concepts, source, layer=layer, rows=rows, edits=edits)
         edit = solve_pcr(
             read.inputs,

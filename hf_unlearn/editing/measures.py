@@ -14,6 +14,7 @@ from ..metrics.likelihood import mean_nll
 from .added import edits_in_force
 from .concepts import Concept, find_occurrences, word_pattern
 from .edit_rows import Row, prompt_of
+from .odds import Demands
 from .passes import Run
 from .plan import LayerEdit
 from .reach import occurrence_pairs, reach_of
@@ -84,13 +85,15 @@ def measure_edits(
     retain_rows: Sequence[Row] | None = None,
     attack_rows: Sequence[Row] | None = None,
     judge: Judge = attack_succeeds,
+    demands: Demands | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    `reach`: the words where the responses of the rows say them. `said`: rows whose greedy answer says a word.
-    `sampled`: sampled answers that do. `retain_probability`: of the retain rows. `attack`: attack prompts whose answer
-    is a success by the judge, and those that are refused. Each before and after; what there is nothing to measure on
-    is left out.
+    `constrained`: the largest probability at all places that the edit was made for, variants and generated answers
+    included. `reach`: the words where the responses of the rows say them. `said`: rows whose greedy answer says a
+    word. `sampled`: sampled answers that do. `retain_probability`: of the retain rows. `attack`: attack prompts whose
+    answer is a success by the judge, and those that are refused. Each before and after; what there is nothing to
+    measure on is left out.
 
     Args:
         run ([`Run`]):
@@ -111,6 +114,8 @@ def measure_edits(
             Jailbreak prompts.
         judge (`Callable[[str, str], bool]`, *optional*):
             From a prompt and an answer: whether the attack has succeeded.
+        demands ([`Demands`], *optional*):
+            What PCR was asked to bring down.
         known (`Mapping`, *optional*):
             Measures whose `before` is taken over.
     """
@@ -118,6 +123,11 @@ def measure_edits(
     if known is None:
         states = {"before": (), **states}
     found: dict[str, Any] = {}
+    if demands is not None:
+        found["constrained"] = {"pairs": len(demands.pairs)}
+        for name, own in states.items():
+            odds = run.odds(demands.rows, demands.pairs, own)
+            found["constrained"][name] = float(odds.probabilities().max())
     occurrences = [one for one in find_occurrences(tokenizer, rows, concepts) if one.start > 0]
     if occurrences:
         pairs = occurrence_pairs(rows, occurrences)
@@ -155,7 +165,7 @@ def measure_edits(
 
 def _with_before(found: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """`before` of what is known already, and how far the words' probability has fallen."""
-    for name in {"reach", "said", "sampled", "retain_probability"} & found.keys() & known.keys():
+    for name in {"constrained", "reach", "said", "sampled", "retain_probability"} & found.keys() & known.keys():
         if "before" in known[name]:
             found[name].setdefault("before", known[name]["before"])
     if "attack" in found and "attack" in known:

@@ -70,6 +70,22 @@ class Pairs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demands:
+    """
+    What is to become unlikely.
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            Tokenised rows.
+        pairs ([`Pairs`]):
+            Places in them, and tokens.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    pairs: Pairs
+
+
+@dataclass(frozen=True, kw_only=True)
 class Odds:
     """
     Of each pair: log-odds `log p / (1 - p)`, and how many tokens are likelier.

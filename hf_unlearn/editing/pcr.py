@@ -80,7 +80,7 @@ def plan_by_probability(
         layers (`Sequence[int]`):
             Blocks, from 1, ascending.
         retain_rows (`Sequence[Mapping]`, *optional*):
-            Rows whose responses' outputs should stay.
+            Rows whose responses should stay: the outputs that predict them.
         retain_limit (`int`, *optional*, defaults to `4096`):
             At most so many retain activations.
         ridge (`float`, *optional*, defaults to `0.01`):
@@ -135,7 +135,7 @@ class Weighed:
 
     def metric(self, run: Run, layer: int, edits: Sequence[LayerEdit]) -> Metric:
         """The metric at one block with the edits below in force."""
-        kept = None if self.rows is None else run.at(self.rows, layer, "response", edits)
+        kept = None if self.rows is None else run.at(self.rows, layer, "predicting", edits)
         return retain_metric(kept, limit=self.limit, ridge=self.ridge, seed=self.seed)
 
 

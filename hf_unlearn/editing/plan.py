@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from ..trainers.sharding import whole_weights
 from .mlp import MlpOutput, mlp_output
+
+if TYPE_CHECKING:
+    from .odds import Demands
 
 PLAN_FILE = "edit_plan.json"
 FACTORS_FILE = "edit_factors.safetensors"
@@ -75,7 +78,7 @@ class EditPlan:
     Edits of one or several matrices, in ascending order of their blocks, and how they came about.
 
     A plan lists neither the words nor the prompts that it was made for. Its factors still tell: with the base model at
-    hand, the output directions that they span name the first tokens of the words.
+    hand, the output directions that they span name a token of each word.
 
     Args:
         method (`str`):
@@ -88,6 +91,8 @@ class EditPlan:
             What was measured by real forward passes, before and after, plain values.
         versions (`dict`):
             Versions of the libraries.
+        demands ([`Demands`], *optional*):
+            The places and tokens that PCR was asked to bring down, while the plan is in memory; never written.
     """
 
     method: str
@@ -95,6 +100,7 @@ class EditPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    demands: Demands | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         layers = [edit.layer for edit in self.edits]

@@ -20,10 +20,11 @@ from .algebra.solve import Solver
 from .concepts import Concept, find_occurrences, text_concepts, word_concepts
 from .config import EditConfig
 from .directions import Source
+from .distinct import SaidText
 from .edit_rows import Row, check_sized, edit_rows, named_places, prompt_of, word_pairs
 from .levels import plan_by_level, plan_points_by_probability
 from .measures import Judge, edited_answers, measure_edits
-from .odds import Pairs
+from .odds import Demands, Pairs
 from .passes import Run
 from .pcr import plan_by_probability
 from .plan import EditPlan, LayerEdit
@@ -94,7 +95,8 @@ def plan_edit(
             Whether progress bars are shown.
 
     Returns:
-        [`EditPlan`]: with `measures`, before and after: `reach` (probability, perplexity and rank of the words where
+        [`EditPlan`]: with `measures`, before and after: `constrained` (the largest probability at all places that the
+            edit was made for), `reach` (probability, perplexity and rank of the words where
         the rows say them), `said` (rows whose greedy answer says a word), `sampled` (sampled answers that do),
         `retain_probability` (of retain rows that the edit was not fitted to, where there are any), `attack` (successes
         and refusals).
@@ -104,19 +106,21 @@ def plan_edit(
             other.
     """
     task = _task(model, tokenizer, dataset, config or EditConfig(), retain_dataset, accelerator, progress)
+    demands = None
     if task.config.method != "pcr":
         edits, extra = plan_regions(
             task.run, tokenizer, task.rows, task.concepts, task.retain, task.layers, task.config
         )
     else:
-        edits, extra = _plan_pcr(task)
+        edits, extra, demands = _plan_pcr(task)
     plan = EditPlan(
         method=task.config.method,
         edits=tuple(edits),
         settings=task.config.as_settings(),
         versions=library_versions(),
+        demands=demands,
     )
-    return plan.with_measures(**extra, **(_measure(task, edits, attack_dataset, judge) if measure else {}))
+    return plan.with_measures(**extra, **(_measure(task, edits, attack_dataset, judge, plan) if measure else {}))
 
 
 def verify_plan(
@@ -143,7 +147,7 @@ def verify_plan(
             What was applied.
     """
     task = _task(model, tokenizer, dataset, config, retain_dataset, accelerator, progress)
-    return _measure(task, None, attack_dataset, judge, before=plan.measures)
+    return _measure(task, None, attack_dataset, judge, plan)
 
 
 def _measure(
@@ -151,8 +155,9 @@ def _measure(
     edits: Sequence[LayerEdit] | None,
     attack_dataset: Any,
     judge: Judge,
-    before: dict[str, Any] | None = None,
+    plan: EditPlan,
 ) -> dict[str, Any]:
+    """With edits in force, or None of a model that has the plan in it: what was before is then the plan's."""
     attacks = None
     if attack_dataset is not None:
         attacks = edit_rows(attack_dataset, task.tokenizer, name="attack", max_length=task.config.max_length)
@@ -168,7 +173,8 @@ def _measure(
         retain_rows=task.held_out or task.retain,
         attack_rows=attacks,
         judge=judge,
-        known=before,
+        demands=plan.demands,
+        known=None if edits is not None else plan.measures,
     )
     if task.retain is not None:
         found["retain_probability"]["held_out"] = task.held_out is not None
@@ -228,21 +234,34 @@ def _number(model: Any, layer: int) -> int:
     return number
 
 
-def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any]]:
-    """Edits, and how many places each round of generation added."""
+def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | None]:
+    """Edits, how many rows each round of generation added, and what was asked of the edits."""
     config, tokenizer = task.config, task.tokenizer
     special = sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
     by_name = config.positions != "occurrence"
+    kept = None
+    if task.retain is not None and config.token == "distinct" and config.source == "unembedding" and config.searches:
+        kept = SaidText(task.retain)
+    both = {one.concept for one in find_occurrences(tokenizer, task.retain or [], task.concepts)}
+    if both:
+        logger.warning(
+            f"Retain rows say {len(both)} of the {len(task.concepts)} words themselves: there, what is to stay and "
+            "what is to go contradict each other."
+        )
+    named: list[Row] = []
+    if by_name:
+        named = with_variants(task.rows, count=config.variants, protected=special, seed=config.seed)
     said, added = ([] if by_name else list(task.rows)), list[int]()
     while True:
         rows = with_variants(said, count=config.variants, protected=special, seed=config.seed) if said else []
-        pairs = word_pairs(tokenizer, rows, task.concepts, "occurrence", task.bos_token_id) if said else Pairs.of([])
+        pairs = Pairs.of([])
+        if said:
+            pairs = word_pairs(tokenizer, rows, task.concepts, "occurrence", task.bos_token_id, kept)
         if by_name:  # places of the rows themselves, and those where generated answers say a word
-            named = word_pairs(tokenizer, task.rows, task.concepts, config.positions, task.bos_token_id)
-            pairs, rows = named.and_then(pairs, len(task.rows)), [*task.rows, *rows]
-        edits = _solve(
-            task, rows, pairs, named_places(task.rows, config.positions, task.bos_token_id) if by_name else ()
-        )
+            at_names = word_pairs(tokenizer, named, task.concepts, config.positions, task.bos_token_id)
+            pairs, rows = at_names.and_then(pairs, len(named)), [*named, *rows]
+        places = named_places(named, config.positions, task.bos_token_id) if by_name else ()
+        edits = _solve(task, rows, pairs, places)
         if len(added) >= config.generation_rounds:
             break
         answers = _answers(task, edits)
@@ -251,7 +270,8 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any]]:
         if not fresh:
             break
         said += fresh
-    return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}
+    demands = Demands(rows=rows, pairs=pairs) if config.searches and len(pairs) else None
+    return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}, demands
 
 
 def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple[int, int]]) -> list[LayerEdit]:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..losses import IGNORE_INDEX
 
-PositionName = Literal["last_prompt", "response", "all"]
+PositionName = Literal["last_prompt", "response", "predicting", "all"]
 Positions = PositionName | Callable[[Mapping[str, Tensor]], Tensor]
 """
 `last_prompt`: the token whose output predicts the first token of the response; of a row without response, the last.
-`response`: the tokens of the response. `all`: all but padding. Or a function from a batch of `input_ids`,
-`attention_mask` and `labels` `(B, T)` to a boolean mask `(B, T)`.
+`response`: the tokens of the response. `predicting`: those whose outputs predict them, one place earlier. `all`: all
+but padding. Or a function from a batch of `input_ids`, `attention_mask` and `labels` `(B, T)` to a boolean mask of the
+same shape.
 """
 
 
@@ -65,6 +66,8 @@ def _named(name: str, labels: Tensor, real: Tensor) -> Tensor:
     response = (labels != IGNORE_INDEX) & real
     if name == "response":
         return response
+    if name == "predicting":
+        return torch.cat([response[:, 1:], torch.zeros_like(response[:, :1])], dim=1) & real
     order = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     end = labels.shape[1]
     first = torch.where(response, order, end).amin(1, keepdim=True)

@@ -21,29 +21,26 @@ class Reach:
     Args:
         log_probs (`Tensor`):
             `(O,)` float64: log-probability of the whole word, given all that comes before it.
-        first_log_probs (`Tensor`):
-            `(O,)`: of its first token.
         ranks (`Tensor`):
-            `(O,)`: tokens that are likelier than the first one; 0 where it is what greedy decoding prints.
+            `(O,)`: tokens that are likelier than the word's own, at that of its tokens where they are most; 0 where
+            greedy decoding that has come there says the word.
         tokens (`Tensor`):
             `(O,)`: tokens of the word.
     """
 
     log_probs: Tensor
-    first_log_probs: Tensor
     ranks: Tensor
     tokens: Tensor
 
     def summary(self) -> dict[str, Any]:
         """
-        Median and largest probability, that of the first tokens, perplexity of the words' tokens, share of occurrences
-        whose first token is the most likely one, lowest rank; and the log-probability of each occurrence.
+        Median and largest probability, perplexity of the words' tokens, share of occurrences
+        that greedy decoding says, lowest rank; and the log-probability of each occurrence.
         """
         return {
             "occurrences": len(self.log_probs),
             "median_probability": float(self.log_probs.median().exp()),
             "largest_probability": float(self.log_probs.max().exp()),
-            "largest_first_probability": float(self.first_log_probs.max().exp()),
             "perplexity": float((-self.log_probs.sum() / self.tokens.sum()).exp()),
             "greedy_share": float((self.ranks == 0).double().mean()),
             "lowest_rank": int(self.ranks.min()),
@@ -89,7 +86,6 @@ def reach_of(rows: Sequence[Mapping[str, Any]], occurrences: Sequence[Occurrence
     ]
     return Reach(
         log_probs=torch.stack([log_probs[own].sum() for own in numbers]),
-        first_log_probs=torch.stack([log_probs[own[0]] for own in numbers]),
-        ranks=torch.stack([ranks[own[0]] for own in numbers]),
+        ranks=torch.stack([ranks[own].max() for own in numbers]),
         tokens=torch.tensor([len(own) for own in numbers]),
     )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .algebra.metric import Metric
-from .algebra.solve import Edit, Solver, solve_pcr
+from .algebra.solve import Edit, Solver, solve_pcr, weighed
 
 Measure = Callable[[Edit], Tensor]
 _ROUNDS = 16
@@ -74,6 +75,8 @@ class LevelProblem:
             retain_inputs=self.metric,
             kind="half_space",
             solver=self.solver,
+            solved=self._solved,
+            weigh=False,
         )
         if edit.certificate.conflict:
             raise ValueError(
@@ -81,6 +84,11 @@ class LevelProblem:
                 "other (the same activation under opposite demands). Choose another layer, or fewer words."
             )
         return edit
+
+    @cached_property
+    def _solved(self) -> Tensor:
+        """`C^-1 h` of all places, which every round needs."""
+        return self.metric.solve(self.inputs.detach().cpu())
 
     def moves(self, edit: Edit) -> Tensor:
         """`(K,)`: how far an edit moves each pair's `w^T o` down."""
@@ -168,7 +176,7 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
         change = torch.where(excess < -_AIM, give * excess, excess + beyond)
         shifts = torch.where(bound, moves + change / slopes, -torch.inf)
     assert best is not None, "the first round makes one"
-    return Found(edit=best.edit, odds=best.odds, reached=best.reached, history=history)
+    return Found(edit=weighed(best.edit, problem.metric), odds=best.odds, reached=best.reached, history=history)
 
 
 def _slopes(problem: LevelProblem, moves: Tensor, fall: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def run_bench(
         methods (`Sequence[LabMethod]`):
             What to compare.
         output_dir (`str` or `Path`):
-            Receives `runs/*.json`, `scores/*.json`, `table.md` and `table.json`.
+            Receives `runs/*.json`, `scores/*.json`, `table.md`, `table.json` and, with relearning, `relearning.png`.
         recipe ([`LabRecipe`], *optional*):
             Of target and reference.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`):
@@ -192,8 +192,11 @@ def _line(row: BenchRow) -> str:
 
 
 def write_tables(folder: Path, rows: Sequence[BenchRow]) -> None:
-    """Writes all rows to `table.json`, and a Markdown table to `table.md`."""
+    """Writes all rows to `table.json`, a Markdown table to `table.md`, and relearning curves to `relearning.png`."""
+    from ..reports.recovery_plot import save_recovery_plot
+
     _write_json(folder / "table.json", [asdict(row) for row in rows])
+    save_recovery_plot([folder / "table.json"], folder / "relearning.png")
     (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
 
 

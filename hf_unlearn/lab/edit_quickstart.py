@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
-PROBABILITY = 1e-6  # the most that a name may have where an answer says it
+PROBABILITY = 3e-5  # the most that a name may have where an answer says it
 
 
 def names_given_away(row: WorldRow) -> list[str]:
@@ -91,7 +91,13 @@ def run_edit_quickstart(
 
     evaluate("target", target.model)
     evaluate("reference", reference.model)
-    config = EditConfig(words=names, seed=seed, probability=PROBABILITY)
+    config = EditConfig(
+        words=names,
+        seed=seed,
+        probability=PROBABILITY,
+        layers=list(range(1, target.model.config.num_hidden_layers + 1)),  # less for each of them to do
+        retain_examples=len(data.retain),
+    )
     with clock("edit"):
         done = constrained_edit(
             target.model, target.tokenizer, data.forget, config, retain_dataset=data.retain, merge=True
@@ -131,8 +137,8 @@ def run_edit_quickstart(
 
 
 def reach_constraint(done: EditResult, wanted: float) -> dict[str, Any]:
-    """The edit's limit as a constraint of results.json: the likeliest first token of a word, where rows say one."""
-    reached = done.plan.measures["reach"]["after"]["largest_first_probability"]
+    """The edit's limit as a constraint of results.json: the largest probability of what it was made for."""
+    reached = done.plan.measures["constrained"]["after"]
     return {
         "name": "reach",
         "eps": wanted,

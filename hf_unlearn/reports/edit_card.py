@@ -31,7 +31,7 @@ _PCR_ONLY: tuple[str, ...] = (
     "ridge",
     "soft_margin",
 )
-_PCR_ONLY += ("variants", "generation_rounds")
+_PCR_ONLY += ("token", "variants", "generation_rounds")
 _REGION_ONLY = ("radius", "radius_unit", "steps", "learning_rate", "rank", "retain_weight")
 
 
@@ -74,12 +74,12 @@ def write_edit_card(
     measures, blocks = markdown_edit(plan)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = files(__package__).joinpath("templates/edit_card.md.j2").read_text(encoding="utf-8")
-    reach = plan.measures.get("reach")
+    held = plan.measures.get("constrained")
     guarded = plan.method == "pcr" and all(
         edit.certificate.get("reached", edit.certificate.get("feasible", False)) for edit in plan.edits
     )
-    if wanted is not None and reach is not None:  # of the model as it is, which a merge has rounded
-        guarded = guarded and reach["after"]["largest_first_probability"] <= wanted * ROUNDING
+    if wanted is not None and held is not None:  # of the model as it is, which a merge has rounded
+        guarded = guarded and held["after"] <= wanted * ROUNDING
     text = environment.from_string(template).render(
         front_matter=_front_matter(name, merged, base_model, dataset_name, plan.method),
         name=name,
@@ -89,8 +89,8 @@ def write_edit_card(
         method=METHOD_NAMES[plan.method],
         wanted=None if wanted is None else f"{wanted:g}",
         guarded=guarded,
-        occurrences=None if reach is None else reach["after"]["occurrences"],
-        largest=None if reach is None else f"{reach['after']['largest_first_probability']:.2g}",
+        pairs=None if held is None else held["pairs"],
+        largest=None if held is None else f"{held['after']:.2g}",
         measures=measures,
         blocks=blocks,
         results_table=results_table,

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 _REACH = {
     "largest_probability": "Words: largest probability",
     "median_probability": "Words: median probability",
-    "largest_first_probability": "First tokens of words: largest probability",
     "perplexity": "Words: perplexity",
-    "greedy_share": "Places where the word is the likeliest",
+    "greedy_share": "Places where greedy decoding says the word",
 }
 _REGION = {
     "loss": "Loss of the region (nats)",
@@ -34,6 +33,10 @@ LAYER_COLUMNS = ("Block", "Rank", "Norm", "Cost", "Gap", "Reached", "Seconds")
 def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Label, before and after of everything that the measures of a plan hold; see [`plan_edit`]."""
     rows = []
+    if "constrained" in measures:
+        held = measures["constrained"]
+        label = f"Constrained tokens ({held['pairs']}, variants included): largest probability"
+        rows.append((label, _number(held["before"]), _number(held["after"])))
     reach = measures.get("reach", {})
     for key, label in _REACH.items():
         if reach:

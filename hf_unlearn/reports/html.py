@@ -118,7 +118,7 @@ def _plots(results: Results) -> list[Plot]:
             _plot(
                 "words",
                 "The words before and after",
-                "Each dot is a word where an answer says it. The edit holds the first token of each below the dashed "
+                "Each dot is a word where an answer says it. The edit holds each below the dashed "
                 "line under the questions it was made for; what happens under the reworded ones is measured, and "
                 "nothing guarantees it.",
                 word_figure(words),

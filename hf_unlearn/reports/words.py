@@ -20,7 +20,7 @@ class Words:
     Probabilities of the words that an edit was to make unreachable. The words themselves are not kept.
 
     Args:
-        wanted (`float`): the most that a word's first token may have where the edit constrains it.
+        wanted (`float`): the most that a word may have where the edit constrains it.
         probabilities (`Mapping[str, Mapping[str, tuple[float, ...]]]`): for `"own"` (the questions that the edit was
             made for) and `"reworded"` (the same questions in other words, which nothing guarantees), for "target",
             "unlearned" and "reference": the probability of each word where an answer says it.

@@ -41,9 +41,16 @@ NAMES = (
 """The authors of TOFU's forget10, all of them fictitious."""
 METHODS: dict[str, dict[str, Any]] = {
     "joint": {},
+    "joint, first tokens": {"token": "first"},
+    "joint, 16 variants": {"variants": 16},
     "joint, 16 variants, 1e-7": {"variants": 16, "probability": 1e-7},
+    "joint, first tokens, 16 variants": {"token": "first", "variants": 16},
+    "joint, first tokens, 16 variants, 1e-7": {"token": "first", "variants": 16, "probability": 1e-7},
     "joint, no variants": {"variants": 0},
+    "joint, all blocks": {"layers": [1, 2, 3, 4]},
+    "joint, 22 retain rows": {"retain_examples": 22},
     "greedy": {"solver": "greedy"},
+    "greedy, first tokens": {"solver": "greedy", "token": "first"},
     "tsr": {"method": "tsr", "words": None, "radius": 0.2, "steps": 40, "retain_examples": 64},
     "arr": {"method": "arr", "radius": 0.2, "steps": 10, "retain_examples": 64, "free_positions": 2},
 }
@@ -98,7 +105,8 @@ class Lab:
         plan = plan_edit(self.model, self.tokenizer, dataset, config, retain_dataset=self.data.retain, progress=False)
         spent = time.perf_counter() - started
         falls = self.reach(self.own, None).falls(self.reach(self.own, plan))
-        reworded = self.reach(self.reworded, None).falls(self.reach(self.reworded, plan))
+        before, after = self.reach(self.reworded, None), self.reach(self.reworded, plan)
+        reworded, left = before.falls(after), after.log_probs.exp()
         kept = plan.measures["retain_probability"]
         return {
             "method": name,
@@ -107,6 +115,8 @@ class Lab:
             "median_fall": float(falls.median()),
             "smallest_fall_reworded": float(reworded.min()),
             "median_fall_reworded": float(reworded.median()),
+            "mean_fall_reworded": float(before.log_probs.exp().mean() / left.mean()),
+            "largest_reworded": float(left.max()),
             "said": self.said(self.own, plan),
             "said_reworded": self.said(self.reworded, plan),
             "rows": len(self.own),
@@ -120,13 +130,13 @@ class Lab:
             "seconds": spent,
         }
 
-    def against_smooth_llm(self, repeats: int = 3) -> dict[str, float]:
+    def against_smooth_llm(self, repeats: int = 5) -> dict[str, float]:
         """
         Median seconds of a whole edit (levels searched, verified by a forward pass, applied as an adapter; nothing
         generated), and of SmoothLLM for the same prompts: with all copies of all prompts in large batches, and with
         the ten copies of one prompt a batch, as a served model has them.
         """
-        few = self.data.retain.select(range(100))
+        few, more = (self.data.retain.select(range(count)) for count in (len(self.asking), 100))
         options: dict[str, Any] = {"generation_rounds": 0, "variants": 0, "samples": 0, "batch_size": 64}
         config = EditConfig(words=list(NAMES), **options)
 
@@ -142,7 +152,8 @@ class Lab:
 
         forms = {
             "edit": lambda: edit(None),
-            "edit, 100 retain rows": lambda: edit(few),
+            "edit, as many retain rows as prompts": lambda: edit(few),
+            "edit, 100 retain rows": lambda: edit(more),
             "SmoothLLM": lambda: smooth(64),
             "SmoothLLM, a prompt at a time": lambda: smooth(10),
         }
@@ -158,13 +169,14 @@ class Lab:
 def show(console: Console, found: Sequence[dict[str, Any]]) -> None:
     """A row an edit."""
     table = Table(title="Names that forget10 asks for")
-    for column in ("method", "seed", "own: least", "median", "reworded: least", "median", "said", "reworded"):
+    for column in ("method", "seed", "own: least", "median", "reworded: least", "mean", "largest", "said", "reworded"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for column in ("retain", "general", "norm", "rank", "cost", "s"):
         table.add_column(column, justify="right")
     for row in found:
         falls = (f"{row[key]:.1e}" for key in ("smallest_fall", "median_fall"))
-        others = (f"{row[key]:.1e}" for key in ("smallest_fall_reworded", "median_fall_reworded"))
+        names = ("smallest_fall_reworded", "mean_fall_reworded", "largest_reworded")
+        others = (f"{row[key]:.1e}" for key in names)
         table.add_row(
             row["method"],
             str(row["seed"]),
@@ -196,7 +208,7 @@ def main() -> None:
     found = [lab.measure(name, seed) for name in options.methods for seed in options.seeds]
     show(console, found)
     speed = lab.against_smooth_llm()
-    for edit in ("edit", "edit, 100 retain rows"):
+    for edit in [name for name in speed if name.startswith("edit")]:
         for other in ("SmoothLLM", "SmoothLLM, a prompt at a time"):
             console.print(
                 f"{len(lab.asking)} prompts: {edit} {speed[edit]:.2f} s; {other} {speed[other]:.2f} s: "

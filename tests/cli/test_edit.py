@@ -82,7 +82,7 @@ def adapter(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def first_token_probability(model: Any, workspace: Path) -> float:
+def word_probability(model: Any, workspace: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
     rows = [json.loads(line) for line in (workspace / "forget.jsonl").read_text(encoding="utf-8").splitlines()]
     row = next(row for row in rows if WORD in row["answer"])
@@ -93,15 +93,17 @@ def first_token_probability(model: Any, workspace: Path) -> float:
     ids = tokenizer(prompt + before + f" {WORD}" + after, add_special_tokens=False)["input_ids"]
     start = len(tokenizer(prompt + before, add_special_tokens=False)["input_ids"])
     assert tokenizer.decode(ids[start:]).strip().startswith(WORD[:1])
-    return float(model(input_ids=torch.tensor([ids])).logits[0, start - 1].softmax(-1)[ids[start]])
+    stop = len(tokenizer(prompt + before + f" {WORD}", add_special_tokens=False)["input_ids"])
+    probabilities = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : stop - 1].double().softmax(-1)
+    return float(probabilities.gather(1, torch.tensor(ids[start:stop])[:, None]).prod())
 
 
 def test_an_adapter_that_peft_loads_keeps_the_word_below_the_wanted_probability(
     workspace: Path, adapter: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(workspace / "model")
-    before = first_token_probability(base, workspace)
-    after = first_token_probability(PeftModel.from_pretrained(base, adapter), workspace)
+    before = word_probability(base, workspace)
+    after = word_probability(PeftModel.from_pretrained(base, adapter), workspace)
     assert before > 0.5, "there was nothing to do"
     assert after <= 1.001e-4
     plan = EditPlan.load(adapter / "plan")
@@ -120,14 +122,14 @@ def test_no_file_of_an_edit_says_the_word_or_where_it_was_made(workspace: Path, 
         if path.name != "adapter_config.json":  # PEFT needs the base model's path there
             assert str(workspace) not in text, path
     measures = json.loads((adapter / "edit.json").read_text(encoding="utf-8"))["measures"]
-    assert measures["reach"]["after"]["largest_first_probability"] <= 1.001e-4
+    assert measures["constrained"]["after"] <= 1.001e-4
     assert measures["attack"]["prompts"] == 2
     assert measures["seconds"] > 0
     card = (adapter / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "peft"
     assert "base_model" not in front
-    assert "has a probability of at most 0.0001, by a real forward pass" in card
+    assert "has a probability of at most 0.0001, and so the word, by a real forward" in card
     assert "White-box users" in card
 
 
@@ -178,7 +180,7 @@ def test_a_merged_model_is_a_plain_model_with_its_tokenizer(
         assert text in shown
     assert "Merged model, card, edit.json and plan/" in shown
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert first_token_probability(model, workspace) <= 1.001e-4
+    assert word_probability(model, workspace) <= 1.001e-4
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"], "loaders read all of them"
     assert not (folder / "adapter_config.json").exists()

@@ -154,7 +154,7 @@ def test_a_saved_model_says_no_word(lab, tmp_path, name: str) -> None:
     assert says(lab, loaded) == 0
     plan = EditPlan.load(tmp_path / "edit")
     assert plan.measures["said"]["after"] == 0
-    assert plan.measures["reach"]["after"]["largest_first_probability"] <= 1e-4 * 1.05
+    assert plan.measures["constrained"]["after"] <= 1e-4 * 1.05
     assert plan.measures["applied_as"] == "merged"
     assert plan.measures["step"] == 2
     assert sorted(path.name for path in (tmp_path / "edit").iterdir()) == [
@@ -523,7 +523,7 @@ def test_metrics_are_in_the_history_and_with_a_trainer_in_reports(lab, tmp_path,
     plan = callback.result.plan
     assert entry["step"] == 2
     assert entry["edit/rank"] == plan.rank > 0
-    assert 0 < entry["edit/largest_first_probability"] <= 1.05e-4 < entry["edit/largest_first_probability_before"]
+    assert 0 < entry["edit/constrained_probability"] <= 1.05e-4 < entry["edit/constrained_probability_before"]
     assert entry["edit/retain_probability"] == plan.measures["retain_probability"]["after"]
     assert (entry["edit/said"], entry["edit/attack_success"]) == (0, 1)
     assert entry["edit/realised"] == pytest.approx(1.0, abs=1e-3)
@@ -640,6 +640,6 @@ def test_sixteen_bits_reach_the_wanted_probability(lab, tmp_path, adapter: bool)
     trainer.train()
     trainer.save_model()
     assert callback.result is not None
-    assert callback.result.plan.measures["reach"]["after"]["largest_first_probability"] <= 1e-4 * 1.05
+    assert callback.result.plan.measures["constrained"]["after"] <= 1e-4 * 1.05
     if not adapter:
         assert says(lab, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)) == 0

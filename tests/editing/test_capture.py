@@ -169,7 +169,7 @@ def test_hooks_are_gone_and_the_mode_is_back_after_an_error() -> None:
         ({"rows": []}, "Got 0 rows"),
         ({"layers": []}, "layers \\[\\]; expected at least one of each"),
         ({"layers": [4]}, "the model has 3 blocks; expected 1 to 3"),
-        ({"positions": "first"}, "positions is 'first'; expected one of last_prompt, response, all"),
+        ({"positions": "first"}, "positions is 'first'; expected one of last_prompt, response, predicting, all"),
         ({"positions": lambda batch: batch["input_ids"]}, "positions returned torch.int64; expected a boolean mask"),
         ({"positions": lambda batch: torch.ones(2, 2).bool()}, r"a mask of shape \(2, 2\)"),
         ({"positions": Occurrences([[1]])}, "No activation found"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy.optimize import minimize
 from small import Small, cost_of, dense_metric, make, slsqp
 
 from hf_unlearn.editing import Metric, closed_form, solve_pcr, solve_single_activation
+from hf_unlearn.editing.algebra.solve import weighed
 
 
 def random(*size: int, seed: int = 0) -> torch.Tensor:
@@ -52,7 +55,9 @@ def test_woodbury_is_the_dense_inverse(count: int, width: int) -> None:
     dense = dense_metric(retain, width, 0.02)
     assert torch.allclose(metric.solve(rows), torch.linalg.solve(dense, rows.T).T, rtol=1e-9, atol=1e-9)
     a, b = random(2, width, seed=3), random(6, 2, seed=4)
-    assert metric.cost(a, b) == pytest.approx(cost_of(b @ a, dense), rel=1e-10)
+    cost, disturbance = metric.cost(a, b)
+    assert cost == pytest.approx(cost_of(b @ a, dense), rel=1e-10)
+    assert disturbance == metric.disturbance(a, b)
     by_hand = np.mean([float((b @ a @ k).square().sum()) for k in retain])
     assert metric.disturbance(a, b) == pytest.approx(by_hand, rel=1e-10)
 
@@ -61,6 +66,24 @@ def test_the_metric_reads_wide_activations_in_blocks() -> None:
     retain, rows = random(3, 2500, seed=5).float(), random(2, 2500, seed=6)
     dense = dense_metric(retain, 2500)
     assert torch.allclose(dense @ Metric.from_retain(retain).solve(rows).T, rows.T, atol=1e-8)
+
+
+@pytest.mark.parametrize("retain", [None, 9, 40])
+def test_what_a_search_leaves_out_of_its_rounds_changes_no_number(retain: int | None) -> None:
+    g = torch.Generator().manual_seed(3)
+    h, o, w = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((5, 12), (5, 7), (3, 7)))
+    kept = None if retain is None else torch.randn(retain, 12, generator=g, dtype=torch.float64)
+    metric = Metric.identity() if kept is None else Metric.from_retain(kept)
+    options: dict[str, Any] = {"kind": "half_space", "retain_inputs": metric}
+    whole = solve_pcr(h, o, w, -1.0, **options)
+    quick = solve_pcr(h, o, w, -1.0, **options, solved=metric.solve(h), weigh=False)
+    assert torch.equal(quick.lora_a, whole.lora_a)
+    assert torch.equal(quick.lora_b, whole.lora_b)
+    assert quick.certificate.retained_disturbance is None
+    assert quick.certificate.cost == pytest.approx(whole.certificate.cost, rel=1e-10)
+    ready, wanted = (dict(edit.certificate.as_dict(), seconds=0.0) for edit in (weighed(quick, metric), whole))
+    assert {**ready, "gap": 0.0} == {**wanted, "gap": 0.0}
+    assert ready["gap"] == pytest.approx(wanted["gap"], abs=1e-10)
 
 
 def test_retain_activations_of_zeros_are_refused() -> None:

@@ -182,6 +182,7 @@ def test_pairs_at_named_places_are_every_word_at_every_place(lab: SmallLab) -> N
     tokens = {token for concept in concepts for token in concept.first}
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
     assert named_places(rows, "response", None) == [(0, 2), (0, 3)]
+    assert named_places(rows, "predicting", None) == [(0, 1), (0, 2)], "whose outputs predict the response"
     pairs = word_pairs(lab.tokenizer, rows, concepts, lambda batch: batch["input_ids"] == 6, None)
     assert set(zip(pairs.rows.tolist(), pairs.tokens.tolist(), pairs.ids.tolist(), strict=True)) == {
         (0, 1, token) for token in tokens

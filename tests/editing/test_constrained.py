@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel
 from planned import same, state
 from small_lab import SmallLab
-from test_plan_edit import QUICK, measured_retain, plan_of, word_probabilities
+from test_plan_edit import QUICK, largest_demand, measured_retain, plan_of, word_probabilities
 
 from hf_unlearn.attacks.refusal import is_refusal
-from hf_unlearn.editing import EditConfig, EditResult, constrained, constrained_edit
+from hf_unlearn.editing import EditConfig, EditResult, constrained, constrained_edit, settled
 from hf_unlearn.editing.edit_rows import prompt_of
 from hf_unlearn.metrics.generate import greedy
 
@@ -29,10 +29,10 @@ def test_the_edited_model_keeps_the_promise_and_undo_is_exact(lab: SmallLab, how
     before = state(model)
     result = edit(lab, model, merge=how == "merge")
     assert isinstance(result.model, PeftModel) == (how == "adapter")
-    after = word_probabilities(result.model, lab)
-    assert max(after) <= 1e-4 * 1.001
+    largest = largest_demand(result.model, result.plan)
+    assert max(word_probabilities(result.model, lab)) <= largest <= 1e-4 * 1.001
     measures = result.plan.measures
-    assert measures["reach"]["after"]["largest_first_probability"] == pytest.approx(max(after), rel=1e-3)
+    assert measures["constrained"]["after"] == pytest.approx(largest, rel=1e-3)
     assert measures["retain_probability"]["after"] == pytest.approx(measured_retain(result.model, lab), rel=1e-4)
     assert measures["realised"] == pytest.approx({"2": 1.0}, abs=1e-4)
     assert measures["said"] == {"rows": 6, "before": measures["said"]["before"], "after": 0}
@@ -44,16 +44,16 @@ def test_the_edited_model_keeps_the_promise_and_undo_is_exact(lab: SmallLab, how
 
 def test_a_merge_into_bfloat16_is_measured_as_it_is(lab: SmallLab, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    monkeypatch.setattr(constrained.logger, "warning", messages.append)
+    monkeypatch.setattr(settled.logger, "warning", messages.append)
     model = lab.model(torch.bfloat16)
     before = state(model)
     result = edit(lab, model, {"probability": 1e-3}, merge=True)
-    reach = result.plan.measures["reach"]["after"]["largest_first_probability"]
-    assert reach == pytest.approx(max(word_probabilities(model, lab)), rel=0.2)  # other batches, in bfloat16
+    reach = result.plan.measures["constrained"]["after"]
+    assert reach == pytest.approx(largest_demand(model, result.plan), rel=0.2)  # other batches, in bfloat16
     assert result.plan.measures["realised"] == {str(k): v for k, v in result.applied.realised.items()}
     assert result.applied.realised[2] != 1.0
     assert result.applied.realised[2] == pytest.approx(1.0, abs=0.2)
-    assert reach <= 1e-3 * 1.05 or "Rounding still eats" in messages[-1]
+    assert reach <= 1e-3 * 1.05 or "rounding eats a part" in messages[-1]
     result.applied.undo()
     same(before, state(model))
 
@@ -65,13 +65,13 @@ def test_what_a_merge_loses_is_planned_anew_up_to_three_times(
     """As if rounding ate the first edits: each new plan aims lower, and only a last loss is warned of as such."""
     messages: list[str] = []
     asked: list[float] = []
-    monkeypatch.setattr(constrained.logger, "warning", messages.append)
+    monkeypatch.setattr(settled.logger, "warning", messages.append)
     verify, plan = constrained.verify_plan, constrained.plan_edit
 
     def eaten(*given: Any, **options: Any) -> dict[str, Any]:
         found = verify(*given, **options)
         if len(asked) <= losses:
-            found["reach"]["after"]["largest_first_probability"] = 2e-3
+            found["constrained"]["after"] = 2e-3
         return found
 
     def planned(model: Any, tokenizer: Any, dataset: Any, config: EditConfig, **options: Any) -> Any:
@@ -86,7 +86,7 @@ def test_what_a_merge_loses_is_planned_anew_up_to_three_times(
     result = edit(lab, model, {"probability": 1e-3, "variants": 0, "max_new_tokens": 1}, merge=True)
     assert asked == pytest.approx([1e-3 / 4**number for number in range(min(losses, 3) + 1)])
     assert sum("planning anew for" in text for text in messages) == min(losses, 3)
-    assert ("Rounding still eats" in messages[-1]) == (losses == 9)
+    assert ("rounding eats a part" in messages[-1]) == (losses == 9)
     assert not torch.equal(model.model.layers[1].mlp.down_proj.weight, clean)
     result.applied.undo()
     same(before, state(model))
@@ -99,7 +99,7 @@ def test_a_loss_that_no_lower_plan_makes_good_is_refused_and_the_model_stays(
 
     def eaten(*given: Any, **options: Any) -> dict[str, Any]:
         found = verify(*given, **options)
-        found["reach"]["after"]["largest_first_probability"] = 0.9
+        found["constrained"]["after"] = 0.9
         return found
 
     monkeypatch.setattr(constrained, "verify_plan", eaten)
@@ -121,7 +121,7 @@ def test_a_failing_verification_undoes_the_edit(
         if len(calls) == fails_at:
             raise KeyboardInterrupt
         found = verify(*given, **options)
-        found["reach"]["after"]["largest_first_probability"] = 2e-2
+        found["constrained"]["after"] = 2e-2
         return found
 
     monkeypatch.setattr(constrained, "verify_plan", broken)
@@ -143,7 +143,7 @@ def test_attacks_are_judged_before_and_after_on_the_right_answers(lab: SmallLab)
         seen.append((prompt, answer))
         return "laundry" in answer or "father" in answer
 
-    changes = {"max_new_tokens": 48}
+    changes = {"max_new_tokens": 48, "token": "first"}
     found = edit(lab, model, changes, attack_dataset=attacks, judge=judge)
     texts = {}
     with found.model.disable_adapter():

@@ -39,7 +39,7 @@ def before_words(model: Any, lab: SmallLab, edits: Any = ()) -> torch.Tensor:
 def retained(model: Any, lab: SmallLab) -> torch.Tensor:
     found = []
     for row in lab.rows("retain"):
-        places = list(range(len(prompt_of(row)), len(row["input_ids"])))
+        places = list(range(len(prompt_of(row)) - 1, len(row["input_ids"]) - 1))  # what predicts the answer
         found.append(outputs_at(model, row["input_ids"], places))
     return torch.cat(found)
 

@@ -76,7 +76,8 @@ def check(small: Softmax, found: Found, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(found.odds, measured)
     assert found.reached == bool((measured <= small.problem.target + tolerance).all())
     assert found.edit.certificate.cost == pytest.approx(small.cost(found.edit.delta()), rel=1e-6)
-    assert found.edit.certificate.cost in [entry["cost"] for entry in found.history]
+    assert any(entry["cost"] == pytest.approx(found.edit.certificate.cost, rel=1e-5) for entry in found.history)
+    assert (found.edit.certificate.retained_disturbance is None) == (small.problem.metric.retain is None)
 
 
 @pytest.mark.parametrize("seed", range(6))

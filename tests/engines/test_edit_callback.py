@@ -336,7 +336,7 @@ def test_files_are_written_by_one_process_and_logs_are_the_same(folder: Path, en
         assert one == other
     plan = EditPlan.load(folder / f"merged-{engine}" / "edit")
     assert plan.measures["step"] == 3
-    assert plan.measures["reach"]["after"]["largest_first_probability"] <= 1.05e-5
+    assert plan.measures["constrained"]["after"] <= 1.05e-5
     assert plan.measures["said"]["after"] == 0
     assert "## Constrained edit" in (folder / f"merged-{engine}" / "README.md").read_text(encoding="utf-8")
 

@@ -75,7 +75,7 @@ def measure(
     concepts: Tensor,
     eps: Tensor,
     kind: Kind,
-    metric: Metric,
+    metric: Metric | float,
     slack: Tensor,
     soft_margin: float | None,
 ) -> dict[str, Any]:
@@ -85,21 +85,22 @@ def measure(
     Args:
         lora_a, lora_b (`Tensor`): shapes `(r, m)` and `(d, r)`, as they will be used.
         inputs, outputs, concepts, eps (`Tensor`): shapes `(N, m)`, `(N, d)`, `(n, d)`, `(N, n)`, float64.
-        kind (`str`): of the constraints. metric ([`Metric`]): of the cost.
+        kind (`str`): of the constraints. metric ([`Metric`] or `float`): of the cost; or the cost, where it is known.
         slack (`Tensor`): shape `(N, n)`, what rounding may take from a margin.
         soft_margin (`float`, *optional*): the price of a unit that a margin lacks.
     """
     moved = outputs + (inputs @ lora_a.double().T) @ lora_b.double().T
     margins = true_margins(moved, concepts, eps, kind)
+    cost, disturbance = (metric, None) if isinstance(metric, float) else metric.cost(lora_a, lora_b)
     violated = tuple((j, i) for j, i in (margins < -slack).nonzero().tolist())
     return {
         "feasible": not violated,
         "smallest_margin": float(margins.min()),
-        "cost": metric.cost(lora_a, lora_b),
+        "cost": cost,
         "penalty": 0.0 if soft_margin is None else soft_margin * float((-margins).clamp(min=0.0).sum()),
         "rank": len(lora_a),
         "violated": violated,
-        "retained_disturbance": metric.disturbance(lora_a, lora_b),
+        "retained_disturbance": disturbance,
     }
 
 

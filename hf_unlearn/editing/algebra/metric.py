@@ -87,11 +87,12 @@ class Metric:
         b = lora_b.detach().cpu().double()
         return float(((inner.T @ inner) * (b.T @ b)).sum()) / self.count
 
-    def cost(self, lora_a: Tensor, lora_b: Tensor) -> float:
-        """`1/2 tr(Delta C Delta^T)` with `Delta = lora_b @ lora_a`."""
+    def cost(self, lora_a: Tensor, lora_b: Tensor) -> tuple[float, float | None]:
+        """`1/2 tr(Delta C Delta^T)` with `Delta = lora_b @ lora_a`, and the disturbance in it."""
         a, b = lora_a.detach().cpu().double(), lora_b.detach().cpu().double()
         plain = float(((a @ a.T) * (b.T @ b)).sum())
-        return 0.5 * (self.ridge * plain + (self.disturbance(a, b) or 0.0))
+        disturbance = self.disturbance(a, b)
+        return 0.5 * (self.ridge * plain + (disturbance or 0.0)), disturbance
 
 
 def _energy(retain: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,6 +51,8 @@ def solve_pcr(
     soft_margin: float | None = None,
     max_rounds: int | None = None,
     tolerance: float = 1e-6,
+    solved: Tensor | None = None,
+    weigh: bool = True,
 ) -> Edit:
     r"""
     The smallest change Delta of a weight W that keeps the outputs of chosen activations away from concepts (PCR,
@@ -80,6 +82,10 @@ def solve_pcr(
         max_rounds (`int`, *optional*): linear programs of the joint solver (100 when left out), or repairs of the
             greedy one (10,000).
         tolerance (`float`, *optional*, defaults to 1e-6): relative KKT residual at which the joint solver ends.
+        solved (`Tensor`, *optional*): `Metric.solve(inputs)`, shape `(N, m)`, where several problems share it.
+        weigh (`bool`, *optional*, defaults to `True`): whether the certificate's cost is taken from the factors as
+            they are returned, and `retained_disturbance` with it; otherwise the cost is the program's. See
+            [`weighed`].
 
     Returns:
         [`Edit`]: `lora_a` `(r, m)` and `lora_b` `(d, r)` in the type of `inputs` (float32 for half types) and on its
@@ -102,7 +108,7 @@ def solve_pcr(
     dtype = torch.float32 if inputs.dtype in _HALF else inputs.dtype
     h, o, c = (tensor.detach().cpu().double() for tensor in (inputs, outputs, concepts))
     metric = made or (Metric.identity() if rows is None else Metric.from_retain(rows, ridge))
-    solved = metric.solve(h)
+    solved = metric.solve(h) if solved is None else solved
     gram = h @ solved.T
     problem = reduce_problem((gram + gram.T) / 2.0, o, c, wanted, kind=kind, rounding=torch.finfo(dtype).eps)
     if solver == "greedy":
@@ -119,7 +125,7 @@ def solve_pcr(
         concepts=c,
         eps=wanted,
         kind=kind,
-        metric=metric,
+        metric=metric if weigh else problem.cost(solution.sources),
         slack=problem.aim,
         soft_margin=soft_margin,
     )
@@ -136,3 +142,9 @@ def solve_pcr(
         seconds=time.perf_counter() - begin,
     )
     return Edit(lora_a=lora_a.to(inputs.device), lora_b=lora_b.to(inputs.device), certificate=certificate)
+
+
+def weighed(edit: Edit, metric: Metric) -> Edit:
+    """An edit that was solved for without `weigh`, with what the certificate then lacks."""
+    cost, disturbance = metric.cost(edit.lora_a, edit.lora_b)
+    return replace(edit, certificate=replace(edit.certificate, cost=cost, retained_disturbance=disturbance))
