@@ -20,7 +20,8 @@ _ROUNDS = 16
 _ABOVE = 1e-6  # nats of log-odds that rounding explains
 _NEAR = 0.5  # nats below the target, of the pair that is highest, at which a search ends
 _GAIN = 0.01  # share of the cost that another round has to save
-_PATIENCE = 6  # rounds after which nothing is given back until all is low enough
+_PATIENCE = 6  # rounds after which nothing is given back but by halving between what was enough and what was not
+_TIGHT = 1e-6  # relative slack of a constraint that binds
 _GROWTH = 100.0  # factor of the cost that has to buy a fall of _NEAR
 _AIM = 0.05  # nats beyond the target that are aimed at, so that the last step does not stop just short
 
@@ -126,9 +127,9 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
     is nearly certain stays so for a while), so that each round adds to the move m_k that the last edit made what is
     left, over the slope: $s_k \leftarrow m_k + (q_k' - q^*_k) / \sigma$, with $\sigma$ the fall over the move of that
     pair of the same place that had farthest to go. A pair that starts low enough is left free until another edit
-    lifts it: where a likely token falls, all others rise. Once there are shifts that are enough and shifts that are
-    not, what is between them is halved. A search ends where nothing more is saved, or where edits cost a hundredfold
-    and log-odds do not follow: the final norm bounds them, and no edit of this matrix reaches the target.
+    lifts it: where a likely token falls, all others rise. What a pair has to spare is given back; after some rounds what
+    is between shifts that were enough and shifts that were not is halved. A search ends where no pair that binds has
+    anything to spare, or nothing more is saved, or where edits cost a hundredfold and log-odds do not follow: the final norm bounds them, and no edit of this matrix reaches the target.
 
     Args:
         problem ([`LevelProblem`]):
@@ -156,18 +157,24 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
             if worst > bought[1] - _NEAR and cost > _GROWTH * bought[0]:
                 break  # the final norm bounds log-odds: a larger edit would only ruin the model
             bought = (cost, worst) if worst <= bought[1] - _NEAR else bought
-        saves_little = best is not None and best.reached and cost > (1.0 - _GAIN) * best.edit.certificate.cost
+        least = best.edit.certificate.cost if best is not None and best.reached else torch.inf
+        far = reached and cost > least  # a step that went beyond an edit that is enough
+        saves_little = (1.0 - _GAIN) * least < cost <= least
         if _is_better(reached, cost, worst, best, problem):
             best = Found(edit=edit, odds=odds, reached=reached)
             high = shifts if reached else high
         low = low if reached else shifts
-        if edit.certificate.rank == 0 or (reached and (worst > -_NEAR or saves_little)):
+        moves, fall = problem.moves(edit), problem.before - odds
+        binds = moves <= shifts + _TIGHT * (1.0 + shifts.abs())  # the others are moved by these
+        spare = binds & (excess < -_NEAR)
+        if edit.certificate.rank == 0 or (reached and (saves_little or not bool(spare.any()))):
             break
-        if low is not None and high is not None:  # steps would go to and fro where log-odds bend
+        if (
+            (far or number >= _PATIENCE) and low is not None and high is not None
+        ):  # steps go to and fro where log-odds bend
             free = torch.isneginf(low) | torch.isneginf(high)
             shifts = torch.where(free, torch.maximum(low, high), (low + high) / 2.0)
             continue
-        moves, fall = problem.moves(edit), problem.before - odds
         slopes = _slopes(problem, moves, fall)
         bound = ~torch.isneginf(shifts) | (excess > 0)
         # what a pair has to spare is given back by halves: pairs of one place lift each other
