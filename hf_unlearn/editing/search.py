@@ -127,9 +127,10 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
     is nearly certain stays so for a while), so that each round adds to the move m_k that the last edit made what is
     left, over the slope: $s_k \leftarrow m_k + (q_k' - q^*_k) / \sigma$, with $\sigma$ the fall over the move of that
     pair of the same place that had farthest to go. A pair that starts low enough is left free until another edit
-    lifts it: where a likely token falls, all others rise. What a pair has to spare is given back; after some rounds what
-    is between shifts that were enough and shifts that were not is halved. A search ends where no pair that binds has
-    anything to spare, or nothing more is saved, or where edits cost a hundredfold and log-odds do not follow: the final norm bounds them, and no edit of this matrix reaches the target.
+    lifts it: where a likely token falls, all others rise. What a pair has to spare is given back. Where that goes
+    beyond, and after some rounds, what is between shifts that were enough and shifts that were not is halved. A search
+    ends where no pair that binds has anything to spare, or nothing more is saved, or where edits cost a hundredfold
+    and log-odds do not follow: the final norm bounds them, and no edit of this matrix reaches the target.
 
     Args:
         problem ([`LevelProblem`]):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
-PROBABILITY = 3e-5  # the most that a name may have where an answer says it
+PROBABILITY = 5e-5  # the most that a name may have where an answer says it
 
 
 def names_given_away(row: WorldRow) -> list[str]:
