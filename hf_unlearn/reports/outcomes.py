@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hf_unlearn.reports.plain import mask_secrets, pull_non_finite, put_non_finite, to_plain
-from hf_unlearn.reports.schema import write_text
-from hf_unlearn.reports.versions import library_versions
+from .plain import mask_secrets, pull_non_finite, put_non_finite, to_plain
+from .schema import write_text
+from .versions import library_versions
 
 Subject = Literal["target", "unlearned", "control"]
 """The model before unlearning, the one after it, and one that never saw what was forgotten."""
