@@ -36,6 +36,7 @@ LEVELS = {
     "metrics.generate": 4,
     "metrics.runner": 4,
     "attacks": 4,
+    "evaluation": 4,
     "reports": 4,
     "lab": 5,
     "cli": 6,
