@@ -15,12 +15,14 @@ from hf_unlearn.metrics.functional import *  # noqa: F403
 
 if TYPE_CHECKING:
     from hf_unlearn.metrics.generate import greedy as greedy
+    from hf_unlearn.metrics.harness import evaluate_with_harness as evaluate_with_harness
     from hf_unlearn.metrics.likelihood import mean_nll as mean_nll
+    from hf_unlearn.metrics.modules import load_metric as load_metric
+    from hf_unlearn.metrics.modules import module_path as module_path
     from hf_unlearn.metrics.multiple_choice import Accuracy as Accuracy
     from hf_unlearn.metrics.multiple_choice import ChoiceScores as ChoiceScores
     from hf_unlearn.metrics.multiple_choice import choice_scores as choice_scores
     from hf_unlearn.metrics.multiple_choice import evaluate_multiple_choice as evaluate_multiple_choice
-    from hf_unlearn.metrics.multiple_choice import evaluate_with_harness as evaluate_with_harness
     from hf_unlearn.metrics.muse import PrivacyLeakage as PrivacyLeakage
     from hf_unlearn.metrics.muse import knowledge_memorization as knowledge_memorization
     from hf_unlearn.metrics.muse import privacy_leakage as privacy_leakage
@@ -47,12 +49,14 @@ _OWNERS = {
     "evaluate_multiple_choice": "multiple_choice",
     "evaluate_part": "runner",
     "evaluate_tofu": "runner",
-    "evaluate_with_harness": "multiple_choice",
+    "evaluate_with_harness": "harness",
     "evenly_spaced": "runner",
     "gradient_norms": "token_scores",
     "greedy": "generate",
     "knowledge_memorization": "muse",
+    "load_metric": "modules",
     "mean_nll": "likelihood",
+    "module_path": "modules",
     "privacy_leakage": "muse",
     "score_tokens": "token_scores",
     "text_min_k_scores": "muse",

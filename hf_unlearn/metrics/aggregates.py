@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_unlearn.metrics.arrays import FloatArray, rows
+from hf_unlearn.metrics.arrays import FloatArray, is_share, rows
 from hf_unlearn.metrics.utility import harmonic_mean
 
 
@@ -146,7 +146,7 @@ def unlearn_score(*, utility: float, effectiveness: float, privacy: float) -> fl
 
 
 def _unit(name: str, parts: Mapping[str, float]) -> list[float]:
-    bad = {part: value for part, value in parts.items() if not 0.0 <= value <= 1.0}
+    bad = {part: value for part, value in parts.items() if not is_share(value)}
     if bad:
         raise ValueError(f"Every part of {name} must be in [0, 1], got {bad}.")
     return [float(value) for value in parts.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,8 +18,15 @@ def rows(name: str, values: ArrayLike) -> FloatArray:
 
     Raises:
         `ValueError`: naming the argument, for an empty or NaN input or another shape.
+        `TypeError`: naming the argument, for what NumPy cannot read as numbers.
     """
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # PyTorch: bfloat16, a GPU, and gradients
+        raise TypeError(
+            f"{name} must be numbers (n,), one a row: {error}. Pass a list, an array, or a tensor as "
+            "`tensor.detach().float().cpu()`."
+        ) from error
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional (n,), got shape {array.shape}.")
     if array.size == 0:
@@ -46,7 +53,9 @@ def nll_rows(name: str, values: ArrayLike) -> FloatArray:
 
 def nll_groups(name: str, values: ArrayLike | Sequence[ArrayLike], n: int) -> list[FloatArray]:
     """Return one array `(k_i,)` of negative log-likelihoods a row, for `n` rows; accepts `(n, k)` and ragged lists."""
-    groups = list(values)  # type: ignore[arg-type]  # numpy types a scalar as an array-like; list() refuses one
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be (n, k) or one list a row, got {type(values).__name__}.")
+    groups = list(values)
     if len(groups) != n:
         raise ValueError(f"{name} must have one group of answers for each of the {n} rows, got {len(groups)} groups.")
     return [nll_rows(f"{name}[{i}]", group) for i, group in enumerate(groups)]
@@ -58,3 +67,11 @@ def unit_rows(name: str, values: ArrayLike) -> FloatArray:
     if (array < 0).any() or (array > 1).any():
         raise ValueError(f"{name} must be in [0, 1], got values from {array.min():.4g} to {array.max():.4g}.")
     return array
+
+
+def is_share(value: object) -> bool:
+    """Whether a value is a number in [0, 1]; NaN, None and text are not."""
+    try:
+        return bool(0.0 <= value <= 1.0)  # type: ignore[operator]  # what cannot be compared is no number
+    except TypeError:
+        return False

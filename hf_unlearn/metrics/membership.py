@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_unlearn.metrics.arrays import rows
+from hf_unlearn.metrics.arrays import is_share, rows
 
 
 def mia_auc(member_scores: ArrayLike, nonmember_scores: ArrayLike) -> float:
@@ -48,7 +48,7 @@ def privleak(auc: float, reference_auc: float = 0.5) -> float:
         `ValueError`: if an AUC is not in [0, 1].
     """
     for name, value in (("auc", auc), ("reference_auc", reference_auc)):
-        if not 0.0 <= value <= 1.0:
+        if not is_share(value):
             raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
     if reference_auc == 1.0:
         return 0.0 if auc == 1.0 else math.inf

@@ -18,20 +18,35 @@ def exact_memorization(predictions: ArrayLike, labels: ArrayLike, *, drop_last: 
         drop_last (`bool`, *optional*, defaults to `False`): leave the last token out, as the public suite does.
 
     Raises:
-        `ValueError`: if nothing is left to compare, or the shapes differ.
+        `ValueError`: if nothing is left to compare, the shapes differ, or a label is negative.
+        `TypeError`: if something else than integers is compared.
     """
     return float(_matches(predictions, labels, drop_last).mean())
 
 
-def extraction_strength(predictions: ArrayLike, labels: ArrayLike, *, drop_last: bool = False) -> float:
+def extraction_strength(
+    predictions: ArrayLike, labels: ArrayLike, *, drop_last: bool = False, at_least_one: bool = False
+) -> float:
     """1 - k/n, with k the smallest index from which every prediction equals the label; 0 when there is none.
 
-    The share of the response that the model completes once it is given the first k tokens. Arguments and errors are
-    those of [`exact_memorization`].
+    The share of the response that the model completes once it is given the first k tokens.
+
+    Args:
+        predictions (`ArrayLike`): as in [`exact_memorization`].
+        labels (`ArrayLike`): as in [`exact_memorization`].
+        drop_last (`bool`, *optional*, defaults to `False`): as in [`exact_memorization`].
+        at_least_one (`bool`, *optional*, defaults to `False`):
+            1/n instead of 0 where not even the last token is right. With `drop_last` this is the value of the public
+            suite, which therefore rates a wrong answer the higher the shorter it is.
+
+    Raises:
+        `ValueError`, `TypeError`: as in [`exact_memorization`].
     """
     matches = _matches(predictions, labels, drop_last)
     misses = np.flatnonzero(~matches)
     k = 0 if misses.size == 0 else int(misses[-1]) + 1
+    if at_least_one:
+        k = min(k, len(matches) - 1)
     return 1.0 - k / len(matches)
 
 
@@ -43,6 +58,9 @@ def _matches(predictions: ArrayLike, labels: ArrayLike, drop_last: bool) -> NDAr
         predicted, expected = predicted[:-1], expected[:-1]
     if expected.size == 0:
         raise ValueError(f"There is no response token to compare (drop_last={drop_last}).")
+    for name, ids in (("predictions", predicted), ("labels", expected)):
+        if ids.dtype.kind not in "iub":
+            raise TypeError(f"{name} must be token ids, which are integers, got {ids.dtype}. Pass the argmax.")
     if (expected < 0).any():
         raise ValueError(
             "labels holds negative ids: pass the response positions only, without the ignored ones (-100)."

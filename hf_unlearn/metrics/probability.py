@@ -14,7 +14,7 @@ from hf_unlearn.metrics.arrays import FloatArray, nll_groups, nll_rows
 
 
 def probability(nll: ArrayLike) -> FloatArray:
-    """Length-normalised probability `(n,)` of each answer: exp(-NLL).
+    """Length-normalised probability `(n,)` of each answer: exp(-NLL), in [0, 1].
 
     Args:
         nll (`ArrayLike`): mean of -log p over the response tokens of each row `(n,)`, in nats.
@@ -22,7 +22,8 @@ def probability(nll: ArrayLike) -> FloatArray:
     Raises:
         `ValueError`: on an empty, NaN or negative input.
     """
-    return np.exp(-nll_rows("nll", nll))
+    # a loss that rounding took below 0 is a probability of 1: model_utility refuses a mean above
+    return np.exp(-np.maximum(nll_rows("nll", nll), 0.0))
 
 
 def normalised_probability(nll_true: ArrayLike, nll_wrong: ArrayLike | Sequence[ArrayLike]) -> FloatArray:

@@ -33,7 +33,7 @@ def rouge_l_recall(predictions: str | Sequence[str], references: str | Sequence[
 
     Raises:
         `ValueError`: on empty sequences or sequences of different lengths.
-        `TypeError`: if one argument is a string and the other is not.
+        `TypeError`: if one argument is a string and the other is not, or a row is something else than a string.
     """
     return _rouge_l(predictions, references, "recall")
 
@@ -68,5 +68,12 @@ def _rouge_l(
         raise ValueError(f"Got {len(predictions)} predictions for {len(references)} references.")
     if not len(predictions):
         raise ValueError("predictions is empty: ROUGE needs at least one row.")
+    for name, texts in (("predictions", predictions), ("references", references)):
+        bad = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+        if bad is not None:
+            raise TypeError(
+                f"{name}[{bad}] must be a string, got {type(texts[bad]).__name__}. Pass decoded text, one reference a "
+                "row."
+            )
     scores = [_rouge_l(p, r, field) for p, r in zip(predictions, references, strict=True)]
     return np.asarray(scores, dtype=np.float64)

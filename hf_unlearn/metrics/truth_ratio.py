@@ -5,13 +5,13 @@ Shapes: n rows, k perturbed (wrong) answers of a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_unlearn.metrics.arrays import FloatArray, nll_groups, nll_rows, rows
+from hf_unlearn.metrics.kolmogorov_smirnov import KolmogorovSmirnov, kolmogorov_smirnov
 
 
 def log_truth_ratio(correct_nll: ArrayLike, perturbed_nll: ArrayLike | Sequence[ArrayLike]) -> FloatArray:
@@ -57,7 +57,8 @@ def forget_truth_ratio(ratios: ArrayLike) -> float:
         ratios (`ArrayLike`): truth ratios `(n,)`.
     """
     values = _ratios(ratios)
-    with np.errstate(divide="ignore"):
+    # 1 / TR is infinite for TR = 0 and for the smallest floats, and TR the smaller of the two
+    with np.errstate(divide="ignore", over="ignore"):
         return float(np.minimum(values, 1.0 / values).mean())
 
 
@@ -84,28 +85,20 @@ def forget_quality(ratios: ArrayLike, reference_ratios: ArrayLike) -> float:
     Raises:
         `ValueError`: on an empty or NaN input.
     """
-    return _kolmogorov_smirnov(ratios, reference_ratios)[1]
+    return _test(ratios, reference_ratios).p_value
 
 
 def forget_quality_log10(ratios: ArrayLike, reference_ratios: ArrayLike) -> float:
     """Decimal logarithm of the forget quality, 0 at best.
 
-    Where the p-value is too small for a 64-bit float, the leading term of its asymptotic form
-    2 exp(-2 D^2 nm / (n + m)) stands in. Arguments and errors are those of [`forget_quality`].
+    Finite where the p-value itself is too small for a 64-bit float: exact up to 10,000 rows ([`log_p_value`]), by the
+    leading term 2 exp(-2 D^2 nm / (n + m)) beyond. Arguments and errors are those of [`forget_quality`].
     """
-    statistic, p_value, effective = _kolmogorov_smirnov(ratios, reference_ratios)
-    if p_value > 0:
-        return math.log10(p_value)
-    return math.log10(2.0) - 2.0 * effective * statistic**2 / math.log(10.0)
+    return _test(ratios, reference_ratios).log10_p_value
 
 
-def _kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
-    """Statistic D, p-value, and effective sample size nm / (n + m)."""
-    from scipy.stats import ks_2samp  # half a second to import
-
-    a, b = rows("ratios", first), rows("reference_ratios", second)
-    result = ks_2samp(a, b, alternative="two-sided", method="auto")
-    return float(result.statistic), float(result.pvalue), len(a) * len(b) / (len(a) + len(b))
+def _test(ratios: ArrayLike, reference_ratios: ArrayLike) -> KolmogorovSmirnov:
+    return kolmogorov_smirnov(rows("ratios", ratios), rows("reference_ratios", reference_ratios))
 
 
 def _ratios(values: ArrayLike) -> FloatArray:

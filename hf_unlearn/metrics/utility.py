@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_unlearn.metrics.arrays import unit_rows
+from hf_unlearn.metrics.arrays import is_share, unit_rows
 
 
 def harmonic_mean(values: ArrayLike) -> float:
@@ -36,7 +36,7 @@ def model_utility(parts: Mapping[str, float]) -> float:
     Raises:
         `ValueError`: if there are no parts, or naming those outside [0, 1].
     """
-    bad = {name: value for name, value in parts.items() if not 0.0 <= value <= 1.0}
+    bad = {name: value for name, value in parts.items() if not is_share(value)}
     if bad:
         raise ValueError(f"Every part of the model utility must be in [0, 1], got {bad}.")
     if not parts:

@@ -26,9 +26,16 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the published logs
 
 
 @lru_cache
+def whole_log(model: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """File to table to row number to value."""
+    return json.loads((FOLDER / f"llama2-7b_{model}.json").read_text(encoding="utf-8"))
+
+
+@lru_cache
 def log(model: str, split: str) -> dict[str, list[Any]]:
-    tables = json.loads((FOLDER / f"llama2-7b_{model}.json").read_text(encoding="utf-8"))[FILES[split]]
+    tables = whole_log(model)[FILES[split]]
     rows = list(tables["avg_gt_loss"])
+    assert all(list(table) == rows for table in tables.values()), "a table has other rows than the losses"
     return {name: [table[row] for row in rows] for name, table in tables.items()}
 
 
@@ -81,8 +88,8 @@ def test_model_utility_of_every_model(model: str, utility: float) -> None:
     ("reference", "p_value"), [("retain90", 1.834e-21), ("retain95", 6.504e-16), ("retain99", 2.345e-06)]
 )
 def test_forget_quality_of_the_full_model(reference: str, p_value: float) -> None:
-    assert f.forget_quality(ratios("full"), ratios(reference)) == pytest.approx(p_value, rel=1e-3)
-    assert f.forget_quality_log10(ratios("full"), ratios(reference)) == pytest.approx(np.log10(p_value), abs=1e-3)
+    assert f.forget_quality(ratios("full"), ratios(reference)) == pytest.approx(p_value, rel=3e-4)
+    assert f.forget_quality_log10(ratios("full"), ratios(reference)) == pytest.approx(np.log10(p_value), abs=1.3e-4)
 
 
 def test_forget_logs_of_full_and_retain90_are_of_the_same_questions() -> None:
@@ -91,10 +98,34 @@ def test_forget_logs_of_full_and_retain90_are_of_the_same_questions() -> None:
     assert questions["full"][: len(questions["retain95"])] != questions["retain95"]
 
 
+# TOFU takes the plain answer where there is no paraphrase. The logs scored it twice, in half precision and in batches of
+# another padding: most rows agree to the last digit, and the aggregate moves in the fourth.
+@pytest.mark.parametrize("split", ["real_authors", "world_facts"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_plain_answer_stands_in_for_the_paraphrase_of_general_knowledge(model: str, split: str) -> None:
+    rows = log(model, split)
+    apart = np.abs(np.subtract(rows["avg_paraphrased_loss"], rows["avg_gt_loss"]))
+    assert np.median(apart) == 0.0
+    assert apart.max() < 0.125
+    plain = f.truth_ratio(rows["avg_gt_loss"], rows["average_perturb_loss"])
+    assert f.retain_truth_ratio(plain) == pytest.approx(parts(model, split)["truth_ratio"], abs=1e-3)
+
+
+# No row differs, so there is no difference to explain: 2,908 rows of 16 logs, to the last bit of what JSON holds.
 @pytest.mark.parametrize("split", list(FILES))
 @pytest.mark.parametrize("model", MODELS)
-def test_rouge_recomputed_from_the_generations(model: str, split: str) -> None:
+def test_rouge_recomputed_from_the_generations_equals_every_row(model: str, split: str) -> None:
     rows = log(model, split)
     _, generated, references = zip(*rows["generated_text"], strict=True)
     recall = f.rouge_l_recall(list(generated), list(references))
-    assert np.isclose(recall, rows["rougeL_recall"], atol=1e-9).mean() >= 0.99
+    differing = np.flatnonzero(np.abs(recall - rows["rougeL_recall"]) > 1e-12)
+    assert differing.tolist() == []
+
+
+def test_the_logs_have_the_rows_that_the_published_numbers_are_of() -> None:
+    counted = {(model, split): len(log(model, split)["avg_gt_loss"]) for model in MODELS for split in FILES}
+    assert sum(counted.values()) == 2908
+    assert [counted[model, "forget"] for model in MODELS] == [300, 300, 200, 40]
+    assert {counted[model, "retain"] for model in MODELS} == {300}
+    assert {counted[model, "real_authors"] for model in MODELS} == {100}
+    assert {counted[model, "world_facts"] for model in MODELS} == {117}

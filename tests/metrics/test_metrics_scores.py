@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,8 @@ def test_log_forget_quality_reaches_below_the_smallest_float() -> None:
     assert exact < -238
     low, high = np.arange(2000.0), np.arange(2000.0) + 1e6
     assert f.forget_quality(low, high) == 0.0
-    assert f.forget_quality_log10(low, high) == pytest.approx(math.log10(2) - 2000 / math.log(10), rel=1e-9)
+    exact = math.log10(2) - math.log10(math.comb(4000, 2000))
+    assert f.forget_quality_log10(low, high) == pytest.approx(exact, rel=1e-9)
 
 
 # --- utility ---
@@ -237,6 +239,34 @@ def test_wrong_signs_counts_and_ranges_are_refused() -> None:
         f.privleak(0.5, 1.2)
 
 
+@pytest.mark.parametrize("function", SINGLES)
+def test_what_is_no_number_is_refused_with_the_name_of_the_argument(function: Callable[..., object]) -> None:
+    for bad in (["a"], "abc", [1j], [[1.0], [1.0, 2.0]], [object()]):
+        with pytest.raises(TypeError, match=r"^(nll|ratios|values) must be numbers \(n,\), one a row: "):
+            function(bad)
+
+
+def test_tensors_that_numpy_cannot_read_are_refused_with_what_to_do() -> None:
+    torch = pytest.importorskip("torch")
+    for bad in (torch.ones(2, dtype=torch.bfloat16), torch.ones(2, requires_grad=True)):
+        with pytest.raises(TypeError, match=r"Pass a list, an array, or a tensor as `tensor.detach\(\).float\(\).cpu"):
+            f.probability(bad)
+        assert f.probability(bad.detach().float().cpu()) == pytest.approx(math.exp(-1))
+
+
+def test_parts_and_groups_that_are_missing_are_named() -> None:
+    nothing: Any = None
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got \{'b': None\}"):
+        f.model_utility({"a": 0.5, "b": nothing})
+    with pytest.raises(ValueError, match=r"utility_score must be in \[0, 1\], got \{'fluency': None\}"):
+        f.utility_score(model_utility=0.5, fluency=nothing)
+    with pytest.raises(ValueError, match=r"reference_auc must be in \[0, 1\], got None"):
+        f.privleak(0.5, nothing)
+    for wrong in (nothing, 3.0):
+        with pytest.raises(TypeError, match=r"perturbed_nll must be \(n, k\) or one list a row, got"):
+            f.truth_ratio([1.0], wrong)
+
+
 def test_bad_text_and_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="2 predictions for 1 references"):
         f.rouge_l_recall(["a", "b"], ["a"])
@@ -253,6 +283,10 @@ def test_bad_text_and_tokens_are_refused() -> None:
             function([1, 2], [1])
         with pytest.raises(ValueError, match="without the ignored ones"):
             function([1, 2], [1, -100])
+        with pytest.raises(TypeError, match="predictions must be token ids, which are integers, got float64"):
+            function([0.3, math.nan], [1, 2])
+        with pytest.raises(TypeError, match="labels must be token ids, which are integers, got <U1"):
+            function([1, 2], ["a", "b"])
 
 
 def test_importing_the_metrics_loads_nothing_heavy() -> None:
