@@ -14,69 +14,11 @@ import numpy as np
 from ..data import tokenize_example, tokenize_prompt
 from ..losses import IGNORE_INDEX
 from ..metrics.arrays import FloatArray
-from ..metrics.functional import log_truth_ratio, normalised_probability, probability, rouge_l_recall
 from ..metrics.generate import padding_id
-from ..metrics.runner import _checked, _fingerprint, evenly_spaced
+from ..metrics.parts import TofuPart, checked_rows, evenly_spaced, fingerprint
 from ..metrics.scores import FORGET, RETAIN, PartScores, TofuScores
 
 Limits = int | Mapping[str, int | None] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalPart:
-    """
-    Chosen rows of one part of a benchmark.
-
-    Args:
-        rows (`list[dict]`):
-            n rows with the columns that are scored.
-        normalised (`bool`):
-            Whether its probability is p_true / (p_true + sum_k p_wrong_k).
-    """
-
-    rows: list[dict[str, Any]]
-    normalised: bool
-
-    @property
-    def texts(self) -> list[tuple[str, str]]:
-        """Questions and answers to score: n answers, then n of each paraphrase there is, then all wrong answers."""
-        rows = self.rows
-        found = [(row["question"], row["answer"]) for row in rows]
-        found += [(row["question"], row["paraphrased_answer"]) for row in rows if "paraphrased_answer" in row]
-        found += [(row["paraphrased_question"], row["answer"]) for row in rows if "paraphrased_question" in row]
-        found += [(row["question"], wrong) for row in rows for wrong in row.get("perturbed_answer", ())]
-        return found
-
-    def scores(self, nll: FloatArray, generations: list[str] | None = None) -> PartScores:
-        """
-        The part's scores by the definitions of [`evaluate_part`].
-
-        Args:
-            nll (`np.ndarray`):
-                Mean NLL of each of [`texts`], in nats.
-            generations (`list[str]`, *optional*):
-                n greedy answers.
-        """
-        n, first = len(self.rows), self.rows[0]
-        answer, rest = nll[:n], nll[n:]
-        correct, asked_otherwise = answer, None
-        if "paraphrased_answer" in first:
-            correct, rest = rest[:n], rest[n:]
-        if "paraphrased_question" in first:
-            asked_otherwise, rest = rest[:n], rest[n:]
-        wrong: list[FloatArray] | None = None
-        if "perturbed_answer" in first:
-            wrong = np.split(rest, np.cumsum([len(row["perturbed_answer"]) for row in self.rows])[:-1])
-        normalised = self.normalised and wrong is not None
-        return PartScores(
-            nll=answer,
-            probability=normalised_probability(answer, wrong or []) if normalised else probability(answer),
-            log_truth_ratio=None if wrong is None else log_truth_ratio(correct, wrong),
-            rouge=None if generations is None else rouge_l_recall(generations, [row["answer"] for row in self.rows]),
-            paraphrase_probability=None if asked_otherwise is None else probability(asked_otherwise),
-            generations=generations,
-            fingerprint=_fingerprint(self.rows),
-        )
 
 
 class EvalRows:
@@ -99,7 +41,7 @@ class EvalRows:
         unknown = sorted(set(by_name) - set(parts))
         if unknown:
             raise ValueError(f"limits names {unknown}, but the parts are {sorted(parts)}.")
-        self.parts: dict[str, EvalPart] = {}
+        self.parts: dict[str, TofuPart] = {}
         for name, rows in parts.items():
             if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, str | Mapping):
                 raise TypeError(
@@ -110,7 +52,7 @@ class EvalRows:
             if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
                 raise TypeError(f"The limit of the {name} part is {limit!r}; expected a whole number or None.")
             try:
-                chosen = _checked([rows[index] for index in evenly_spaced(len(rows), limit)])
+                chosen = checked_rows([rows[index] for index in evenly_spaced(len(rows), limit)])
             except (TypeError, ValueError) as error:
                 raise type(error)(f"The {name} part: {error}") from error
             general = name not in (FORGET, RETAIN)
@@ -119,7 +61,7 @@ class EvalRows:
                     f"The {name} part has no `perturbed_answer` (its rows have {sorted(chosen[0])}), which the "
                     "normalised probability of a general part needs. Use a *_perturbed split, or leave the part out."
                 )
-            self.parts[name] = EvalPart(rows=chosen, normalised=general)
+            self.parts[name] = TofuPart(rows=chosen, normalised=general)
         self._forget, self._forget_limit = parts[FORGET], by_name.get(FORGET)
 
     def scores(self, nll: FloatArray, answers: Sequence[str] | None = None) -> TofuScores:
@@ -140,19 +82,20 @@ class EvalRows:
 
     def matching(self, reference: TofuScores) -> TofuScores:
         """A reference that was scored on the whole forget set, cut to the rows that are scored here."""
-        whole, theirs = len(self._forget), reference.parts[FORGET]
+        theirs, chosen = reference.parts[FORGET], self.chosen_of(reference.parts[FORGET])
+        if chosen is None:
+            return reference
+        cut = theirs.take(chosen, fingerprint=fingerprint(self.parts[FORGET].rows))
+        return TofuScores(parts={**reference.parts, FORGET: cut})
+
+    def chosen_of(self, theirs: PartScores) -> list[int] | None:
+        """Numbers of the forget rows scored here among those of the whole set; None if `theirs` are not the whole."""
+        whole = len(self._forget)
         chosen = evenly_spaced(whole, self._forget_limit)
         if len(chosen) == whole or len(theirs.nll) != whole:
-            return reference
-        if theirs.fingerprint not in ("", _fingerprint(_checked([self._forget[index] for index in range(whole)]))):
-            return reference  # of other rows, which comparing refuses
-        cut = PartScores(
-            nll=theirs.nll[chosen],
-            probability=theirs.probability[chosen],
-            log_truth_ratio=None if theirs.log_truth_ratio is None else theirs.log_truth_ratio[chosen],
-            fingerprint=_fingerprint(self.parts[FORGET].rows),
-        )
-        return TofuScores(parts={**reference.parts, FORGET: cut})
+            return None
+        known = fingerprint(checked_rows([self._forget[index] for index in range(whole)]))
+        return chosen if theirs.fingerprint in ("", known) else None  # of other rows, which comparing refuses
 
     def tokenized(self, tokenizer: Any, *, max_length: int) -> EncodedRows:
         """

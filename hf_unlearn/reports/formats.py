@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 MISSING = "–"
 
@@ -66,3 +68,8 @@ def plain_words(name: str) -> str:
     """A key as words: `real_authors_probability` becomes "Real authors probability"."""
     words = name.replace("_", " ").replace("/", " / ").strip()
     return words[:1].upper() + words[1:]
+
+
+def plain_setting(value: Any) -> str:
+    """A setting as text: strings as they are, everything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

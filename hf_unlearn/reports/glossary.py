@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from .formats import plain_words
+from .further_glossary import further_metrics
+from .metric_words import GOALS, Metric
 from .schema import SUBJECTS, Results
 from .words import words_of
 
-Goal = Literal["reference", "target", "high", "low", ""]
-GOALS: dict[Goal, str] = {
-    "reference": "as the reference",
-    "target": "as the target",
-    "high": "high",
-    "low": "low",
-    "": "",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """A score's name, its title, its definition, and what an ideal unlearned model would score.
-
-    Args:
-        name (`str`): key in results.json.
-        label (`str`): title in tables.
-        meaning (`str`): definition in one or two sentences.
-        goal (`"reference"`, `"target"`, `"high"`, `"low"` or `""`): whose score the unlearned model should have.
-        unit_interval (`bool`, *optional*, defaults to `True`): whether the score lies in [0, 1].
-    """
-
-    name: str
-    label: str
-    meaning: str
-    goal: Goal
-    unit_interval: bool = True
-
+__all__ = ["GOALS", "KNOWN", "Metric", "metric", "metrics_of"]
 
 _PROBABILITY = "Mean over examples of exp(-NLL), NLL the mean negative log-likelihood of the right answer's tokens"
 
 _WORD = "Probability of a word that an edit was to make unreachable, where the right answer says it"
 
-KNOWN: tuple[Metric, ...] = (
+_HEADLINES: tuple[Metric, ...] = (
     Metric(
         name="words_largest_probability",
         label="Likeliest word, questions as edited",
@@ -152,6 +126,7 @@ KNOWN: tuple[Metric, ...] = (
         goal="target",
     ),
 )
+KNOWN: tuple[Metric, ...] = (*_HEADLINES, *further_metrics())
 _BY_NAME = {metric.name: metric for metric in KNOWN}
 
 
@@ -159,7 +134,7 @@ def metric(name: str) -> Metric:
     """The metric of that name; one that nobody described is shown under its own name, without a goal."""
     if name in _BY_NAME:
         return _BY_NAME[name]
-    return Metric(name=name, label=plain_words(name), meaning="", goal="", unit_interval=False)
+    return Metric(name=name, label=plain_words(name), meaning="", goal="", unit_interval=False, headline=False)
 
 
 def metrics_of(results: Results) -> tuple[Metric, ...]:

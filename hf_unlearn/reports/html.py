@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import formats
-from .glossary import GOALS
+from .attack_page import attack_sections
+from .further import absent_reasons, evaluations_of, further_rows, model_hashes
+from .glossary import GOALS, metric
+from .limits import untested
 from .overlap import leaked_words
+from .page import ANSWERS, Plot, make_plot, page_environment
 from .plots import constraint_figure, dual_figure, forget_figure, truth_ratio_figure
 from .schema import SUBJECTS, Generation, Results, as_results, write_text
-from .svg import figure_svg
+from .stays import RETURNED_YES
 from .tables import score_rows, titles
 from .verdict import FORGET_SLACK, INDISTINGUISHABLE, KEEP_YES, REWORDED, judge
 from .word_plot import word_figure
 from .words import words_of
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
-
 SHOWN_GENERATIONS = 4
 """Questions of each part that are open; the others fold away."""
 _EDITED_NOTE = "Marked words repeat the right answer: those edited should vanish, the sentence around them may stay."
 SUBJECT_NOTES = {"target": "before unlearning", "unlearned": "after", "reference": "never saw the data"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A figure on the page: its anchor, title, what to see in it, and its SVG or why there is none."""
-
-    name: str
-    title: str
-    caption: str
-    svg: Markup | None
 
 
 def render_report(results: Results | Mapping[str, Any]) -> str:
@@ -51,39 +39,46 @@ def render_report(results: Results | Mapping[str, Any]) -> str:
         `str`: the page. It loads nothing (its content security policy forbids it), runs no script, follows the
         reader's light or dark theme, and reflows on phones.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     results = as_results(results)
-    environment = Environment(
-        loader=PackageLoader("hf_unlearn.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        results=results,
-        verdict=judge(results),
-        subjects=[{"name": name, "title": titles(results)[name], "note": SUBJECT_NOTES[name]} for name in SUBJECTS],
-        words=words_of(results),
-        scores=_score_context(results),
-        has_errors=any(scores is not None and scores.standard_error for scores in results.scores().values()),
-        plots=_plots(results),
-        generations=_generations(results),
-        shown=SHOWN_GENERATIONS,
-        phases=_phases(results),
-        settings=[(key, _setting(value)) for key, value in results.settings.items()],
-        forget_quality=formats.p_value(results.forget_quality, results.forget_quality_log10),
-        limits={
-            "slack": FORGET_SLACK,
-            "keep": formats.percent(KEEP_YES),
-            "p": INDISTINGUISHABLE,
-            "reworded": REWORDED,
-        },
-        answers={"yes": ("✓", "Yes"), "partly": ("~", "Partly"), "no": ("✕", "No"), "unknown": ("?", "Unknown")},
-        format_loss=formats.loss,
-        format_score=formats.score,
-        format_duration=formats.duration,
+    absent_first, absent_further = absent_reasons(results)
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            verdict=judge(results),
+            subjects=[
+                {"name": name, "title": titles(results)[name], "note": SUBJECT_NOTES[name]} for name in SUBJECTS
+            ],
+            words=words_of(results),
+            scores=_score_context(results),
+            has_errors=any(scores is not None and scores.standard_error for scores in results.scores().values()),
+            plots=_plots(results),
+            generations=_generations(results),
+            shown=SHOWN_GENERATIONS,
+            phases=_phases(results),
+            under_attack=attack_sections(results),
+            further=further_rows(results),
+            further_meanings=_further_meanings(results),
+            further_subjects=list(evaluations_of(results)),
+            absent_first=absent_first,
+            absent_further=absent_further,
+            hashes=model_hashes(results),
+            untested=untested(results),
+            settings=[(key, formats.plain_setting(value)) for key, value in results.settings.items()],
+            forget_quality=formats.p_value(results.forget_quality, results.forget_quality_log10),
+            limits={
+                "slack": FORGET_SLACK,
+                "keep": formats.percent(KEEP_YES),
+                "p": INDISTINGUISHABLE,
+                "reworded": REWORDED,
+                "returned": formats.percent(RETURNED_YES),
+            },
+            answers=ANSWERS,
+            format_loss=formats.loss,
+            format_score=formats.score,
+            format_duration=formats.duration,
+        )
     )
 
 
@@ -98,16 +93,27 @@ def write_report(path: str | os.PathLike[str], results: Results | Mapping[str, A
 
 def _score_context(results: Results) -> list[dict[str, Any]]:
     rows = []
-    for metric, cells in score_rows(results):
+    for entry, cells in score_rows(results, headlines=True):
         dots = []
-        if metric.unit_interval:
+        if entry.unit_interval:
             for subject in ("reference", "target", "unlearned"):  # the last one lies on top
                 scores = results.scores()[subject]
-                value = None if scores is None else scores.as_dict().get(metric.name)
+                value = None if scores is None else scores.as_dict().get(entry.name)
                 if value is not None and 0 <= value <= 1:
                     dots.append({"subject": subject, "left": f"{100 * value:.1f}"})
-        rows.append({"metric": metric, "goal": GOALS[metric.goal], "cells": cells, "dots": dots})
+        rows.append({"metric": entry, "goal": GOALS[entry.goal], "cells": cells, "dots": dots})
     return rows
+
+
+def _further_meanings(results: Results) -> list[tuple[str, str]]:
+    """Label and definition of the metrics of the evaluations that the first table lacks; alike definitions once."""
+    first = {entry.name for entry, _ in score_rows(results, headlines=True)}
+    found: dict[str, list[str]] = {}
+    for row in further_rows(results):
+        meaning = metric(row["name"]).meaning
+        if meaning and row["name"] not in first:
+            found.setdefault(meaning, []).append(row["label"])
+    return [("; ".join(labels), meaning) for meaning, labels in found.items()]
 
 
 def _plots(results: Results) -> list[Plot]:
@@ -115,7 +121,7 @@ def _plots(results: Results) -> list[Plot]:
     words = words_of(results)
     if words is not None:
         return [
-            _plot(
+            make_plot(
                 "words",
                 "The words before and after",
                 "Each dot is a word where an answer says it. The edit holds each below the dashed "
@@ -124,21 +130,21 @@ def _plots(results: Results) -> list[Plot]:
                 word_figure(words),
             )
         ]
-    return [
-        _plot(
+    plots = [
+        make_plot(
             "forget",
             "Forgetting",
             "The forget loss is what training minimises. The NLL says how unlikely the forget answers have become: "
             "it should end at the forget level (dashed), where text that the model has never seen lies.",
             forget_figure(history, forget_level=results.forget_level),
         ),
-        _plot(
+        make_plot(
             "retain",
             "Retain loss against its limit",
             "Each constraint's loss should stay below its limit eps (dashed). The shaded side is infeasible.",
             constraint_figure(history, constraints),
         ),
-        _plot(
+        make_plot(
             "dual",
             "Dual variables",
             "The weight of each constraint. It grows while the constraint is violated, falls while there is room, and "
@@ -146,7 +152,7 @@ def _plots(results: Results) -> list[Plot]:
             "to the end means infeasible.",
             dual_figure(history, constraints),
         ),
-        _plot(
+        make_plot(
             "truth-ratio",
             "Truth ratios of the forget rows",
             "The closer the unlearned curve is to the reference, the less the two models can be told apart. Forget "
@@ -154,14 +160,9 @@ def _plots(results: Results) -> list[Plot]:
             truth_ratio_figure(results.truth_ratios),
         ),
     ]
-
-
-def _plot(name: str, title: str, caption: str, figure: Figure | None) -> Plot:
-    from markupsafe import Markup
-
-    # matplotlib escapes the texts in its SVG (a test holds it to that), so the element may stand as it is
-    svg = None if figure is None else Markup(figure_svg(figure, name=f"plot-{name}", label=title))
-    return Plot(name=name, title=title, caption=caption, svg=svg)
+    # a page made of evaluations alone has no training to show
+    evaluated = not history and bool(evaluations_of(results))
+    return [plot for plot in plots if plot.svg is not None or not evaluated]
 
 
 def _generations(results: Results) -> list[dict[str, Any]]:
@@ -202,7 +203,3 @@ def _phases(results: Results) -> list[dict[str, Any]]:
         for name, value in results.seconds.items()
         if name != "total"
     ]
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

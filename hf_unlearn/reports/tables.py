@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import formats
+from .further import evaluations_of, rows_of
 from .glossary import GOALS, Metric, metrics_of
 from .schema import SUBJECTS, ModelScores, Results, as_results
 from .verdict import INDISTINGUISHABLE, judge
@@ -23,21 +24,30 @@ def titles(results: Results) -> dict[str, str]:
     return _TITLES if words_of(results) is None else {**_TITLES, "unlearned": "Edited"}
 
 
-def score_rows(results: Results | Mapping[str, Any]) -> list[tuple[Metric, dict[str, str]]]:
-    """Every metric of the results with its formatted score for each of target, unlearned and reference."""
+def score_rows(
+    results: Results | Mapping[str, Any], *, headlines: bool = False
+) -> list[tuple[Metric, dict[str, str]]]:
+    """
+    Every metric of the results with its formatted score for each of target, unlearned and reference.
+
+    With `headlines`, without those that are no headline and stand in the table of the evaluations' metrics anyway.
+    """
     results = as_results(results)
     scores = results.scores()
+    elsewhere = {name for entry in evaluations_of(results).values() for name in entry["metrics"]} if headlines else ()
     return [
         (metric, {subject: _cell(scores[subject], metric.name) for subject in SUBJECTS})
         for metric in metrics_of(results)
+        if metric.headline or metric.name not in elsewhere
     ]
 
 
-def results_table(results: Results | Mapping[str, Any]) -> Table:
+def results_table(results: Results | Mapping[str, Any], *, headlines: bool = False) -> Table:
     """A table of target, unlearned and reference for the terminal, with the verdict below it.
 
     Args:
         results ([`Results`] or `Mapping`): the results.
+        headlines (`bool`, *optional*, defaults to `False`): see [`score_rows`].
 
     Returns:
         `rich.table.Table`: give it to `rich.console.Console().print`.
@@ -58,7 +68,7 @@ def results_table(results: Results | Mapping[str, Any]) -> Table:
     for subject in SUBJECTS:
         table.add_column(titles(results)[subject], justify="right", style="bold" if subject == "unlearned" else "")
     table.add_column("should be", style="dim")
-    for metric, cells in score_rows(results):
+    for metric, cells in score_rows(results, headlines=headlines):
         table.add_row(Text(metric.label), *(Text(cells[subject]) for subject in SUBJECTS), Text(GOALS[metric.goal]))
     table.add_section()
     quality = formats.p_value(results.forget_quality, results.forget_quality_log10)
@@ -76,18 +86,32 @@ def results_table(results: Results | Mapping[str, Any]) -> Table:
     return table
 
 
-def markdown_table(results: Results | Mapping[str, Any]) -> str:
-    """The scores as a Markdown table, with forget quality as the last row; an edit has none."""
+def markdown_table(results: Results | Mapping[str, Any], *, headlines: bool = False) -> str:
+    """
+    The scores as a Markdown table, with forget quality as the last row; an edit has none.
+
+    Args:
+        results ([`Results`] or `Mapping`): the results. Where they carry an evaluation of the unlearned model, there
+            is a column with the number of rows.
+        headlines (`bool`, *optional*, defaults to `False`): see [`score_rows`].
+    """
     results = as_results(results)
+    count = rows_of(results)
     header = ["Metric", *(titles(results)[subject] for subject in SUBJECTS), "Should be"]
     rows = [
         [metric.label, *(cells[subject] for subject in SUBJECTS), GOALS[metric.goal]]
-        for metric, cells in score_rows(results)
+        for metric, cells in score_rows(results, headlines=headlines)
     ]
+    names = [metric.name for metric, _ in score_rows(results, headlines=headlines)]
     quality = formats.p_value(results.forget_quality, results.forget_quality_log10)
     if words_of(results) is None:
         rows.append(["Forget quality (KS p-value)", "", quality, "", f"> {INDISTINGUISHABLE}"])
-    return markdown(header, rows, align="lrrrl")
+        names.append("forget_quality")
+    if not count:
+        return markdown(header, rows, align="lrrrl")
+    for name, row in zip(names, rows, strict=True):
+        row.insert(-1, str(count.get(name, formats.MISSING)))
+    return markdown([*header[:-1], "n", header[-1]], rows, align="lrrrrl")
 
 
 def markdown_constraints(results: Results | Mapping[str, Any]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from . import formats
+from .checks import Answer, Check
 from .schema import ModelScores, Results, as_results
+from .stays import stays_check, stays_headline
 from .words import Words, words_of
-
-Answer = Literal["yes", "partly", "no", "unknown"]
 
 FORGET_SLACK = 0.01
 """How far above the reference's forget probability still counts as forgotten (absolute)."""
@@ -23,23 +23,6 @@ REWORDED = 0.01
 """Probability below which a word counts as unreachable also where nothing guarantees it."""
 MEMBERSHIP_SLACK = 0.2
 """How far from 0.5 the membership AUC against the reference may be before it tells the models apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One question, its answer, and the numbers it rests on.
-
-    Args:
-        name (`str`): "forgotten" ("unreachable" for an edit), "kept", "feasible" or "indistinguishable".
-        question (`str`): the question in plain words.
-        answer (`"yes"`, `"partly"`, `"no"` or `"unknown"`): the answer.
-        reason (`str`): one or two sentences with the numbers.
-    """
-
-    name: str
-    question: str
-    answer: Answer
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,21 +49,31 @@ def judge(results: Results | Mapping[str, Any]) -> Verdict:
     * feasible: every constraint is.
     * indistinguishable: forget quality p > 0.05; partly when the membership AUC, where it was measured, is further
       than 0.2 from 0.5.
+    * stays: attacks bring back at most 10% (partly: 50%) of what was forgotten, beyond what a model that never saw
+      it gets; see [`stays_check`].
 
     For an edit the first question is whether its words are unreachable (as wanted at its own places; partly when a
-    word has more than 1% under other questions), and the last one is not asked.
+    word has more than 1% under other questions), and the fourth one is not asked.
     """
     results = as_results(results)
     words = words_of(results)
     if words is not None:
         return _judge_edit(results, words)
-    checks = (_forgotten(results), _kept(results), _feasible(results), _indistinguishable(results))
-    forgotten, kept, feasible, indistinguishable = (check.answer for check in checks)
+    checks = (
+        _forgotten(results),
+        _kept(results),
+        _feasible(results),
+        _indistinguishable(results),
+        stays_check(results),
+    )
+    forgotten, kept, feasible, indistinguishable, stays = (check.answer for check in checks)
     counted = [check.answer for check in checks if check.answer != "unknown"]
     answer: Answer = "yes" if set(counted) == {"yes"} else "partly" if "yes" in counted else "no"
     if "unknown" in (forgotten, kept):
         answer = "unknown"
     headline, detail = _headline(forgotten, kept, feasible, indistinguishable)
+    if "unknown" not in (forgotten, kept) and forgotten != "no" and stays != "unknown":
+        detail = f"{detail} {stays_headline(results)}".strip()
     return Verdict(
         headline=headline,
         detail=detail,
@@ -90,10 +83,11 @@ def judge(results: Results | Mapping[str, Any]) -> Verdict:
 
 
 def _judge_edit(results: Results, words: Words) -> Verdict:
-    unreachable, kept, feasible = checks = (_unreachable(results, words), _kept(results), _feasible(results))
+    checks = (_unreachable(results, words), _kept(results), _feasible(results), stays_check(results))
+    unreachable, kept, feasible, stays = checks
     given = {check.answer for check in (unreachable, kept)}
     answer: Answer = "unknown" if "unknown" in given else "no" if "no" in given else "partly"
-    if given == {"yes"} and feasible.answer == "yes":
+    if given == {"yes"} and feasible.answer == "yes" and stays.answer in ("yes", "unknown"):
         answer = "yes"
     first = {
         "yes": "The words became unreachable",

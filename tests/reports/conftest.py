@@ -5,7 +5,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import attacked
 import pytest
+
+from hf_unlearn.reports import render_report
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/a.png onerror=alert(1)> {{ 7 * 7 }} &amp;"
 
@@ -66,6 +69,19 @@ def _history() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def sample_factory() -> Callable[[], dict[str, Any]]:
     return sample_results
+
+
+@pytest.fixture(scope="session")
+def plain_page() -> str:
+    """The page of the sample."""
+    return render_report(sample_results())
+
+
+@pytest.fixture(scope="session")
+def attacked_page() -> str:
+    """The page of the sample after attacks and evaluations."""
+    entries = {"attacks": attacked.all_attacks(), "evaluations": attacked.all_evaluations()}
+    return render_report({**sample_results(), **entries})
 
 
 @pytest.fixture

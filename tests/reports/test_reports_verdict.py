@@ -22,7 +22,7 @@ def test_a_good_run_is_told_so(sample: dict[str, Any]) -> None:
         "The model forgot what it should and kept the rest. A test could not tell it apart from a model that never "
         "saw the data."
     )
-    assert _answers(sample) == ["yes"] * 4
+    assert _answers(sample) == [*["yes"] * 4, "unknown"]  # no attack was tried
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_violated_constraints_are_named_with_their_numbers(sample: dict[str, Any
 def test_what_is_missing_is_unknown_not_zero(sample: dict[str, Any]) -> None:
     sample |= {"reference": None, "forget_quality": None, "constraints": []}
     sample["absent"] = {"forget_quality": "the reference logs are missing"}
-    assert _answers(sample) == ["yes", "yes", "unknown", "unknown"]
+    assert _answers(sample) == ["yes", "yes", "unknown", "unknown", "unknown"]
     assert "the reference logs are missing" in judge(sample).checks[3].reason
     sample["unlearned"]["retain_probability"] = math.nan
     assert judge(sample).answer == "unknown"
