@@ -6,7 +6,7 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -15,7 +15,7 @@ from typing import Any
 LETTERS = ascii_uppercase
 FEWEST, MOST = 2, len(LETTERS)
 
-_SUFFIXES = (".json", ".jsonl", ".csv")
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _SPLIT = re.compile(r"[_-](test|val|validation|dev|train)$")
 
 
@@ -92,8 +92,9 @@ def choice_row(values: Mapping[str, Any], *, subject: str = "") -> ChoiceRow:
 
 def load_multiple_choice(path: str | Path, *, subject: str | None = None) -> list[ChoiceRow]:
     """
-    Reads questions from a file, or from all .json, .jsonl and .csv files of a folder in alphabetical order.
+    Reads questions from a file, or from all .json, .jsonl, .csv and .parquet files of a folder in alphabetical order.
 
+    * Parquet, as the hub stores WMDP and MMLU: the columns of the JSON objects below.
     * JSON: a list of objects, or one object a line (also in a .json file, as `datasets` writes it), with `question`,
       `choices` (`list[str]`), `answer` (index from 0, or letter) and optionally `subject`: WMDP and MMLU on the hub.
     * CSV with a header: `question`, `answer`, optionally `subject`, and either `choices` (a JSON or Python list) or a
@@ -125,7 +126,7 @@ def load_multiple_choice(path: str | Path, *, subject: str | None = None) -> lis
     found = []
     for file in files:
         name = _SPLIT.sub("", file.stem) if subject is None else subject
-        entries = _csv_entries(file) if file.suffix == ".csv" else _json_entries(file)
+        entries = _READERS[file.suffix](file)
         if not entries:
             raise ValueError(f"{file} holds no rows; expected at least one.")
         for number, entry in enumerate(entries):
@@ -220,3 +221,21 @@ def _same_width(file: Path, number: int, cells: Sequence[str], columns: int) -> 
             f"Row {number} of {file} has {len(cells)} cells and the first line {columns}. Quote the fields that hold "
             "commas or line breaks."
         )
+
+
+def _parquet_entries(file: Path) -> list[Mapping[str, Any]]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import read_table
+
+    try:
+        return list(read_table(file).to_pylist())
+    except ArrowInvalid as error:
+        raise ValueError(f"{file} is not Parquet ({error}).") from error
+
+
+_READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
+    ".json": _json_entries,
+    ".jsonl": _json_entries,
+    ".csv": _csv_entries,
+    ".parquet": _parquet_entries,
+}

@@ -8,11 +8,10 @@ Shapes: n rows, c_i choices of row i, C the most choices of a row, B rows of a b
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +233,21 @@ def evaluate_multiple_choice(
     """
     from hf_unlearn.metrics.generate import padding_id
 
+    encoded = encode_rows(rows, tokenizer, chat_template=chat_template, max_length=max_length)
+    found = letter_log_probs(
+        model, encoded, pad_token_id=padding_id(tokenizer), batch_size=batch_size, description=description
+    )
+    return scores_of_rows(rows, found)
+
+
+def encode_rows(
+    rows: Sequence[ChoiceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: bool = False,
+    max_length: int | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """[`encode_choices`] of n rows, cut to the last `max_length` tokens; errors as in [`evaluate_multiple_choice`]."""
     rows = list(rows)
     if not rows:
         raise ValueError("There are no rows to score; expected at least one ChoiceRow.")
@@ -251,103 +265,26 @@ def evaluate_multiple_choice(
         warnings.warn(
             f"{longer} of {len(rows)} prompts are longer than max_length={max_length} tokens and lost their "
             "beginning. Raise max_length if the model allows it.",
-            stacklevel=2,
+            stacklevel=3,
         )
         encoded = [(ids[-max_length:], letters) for ids, letters in encoded]
-    found = _letter_log_probs(
-        model, encoded, pad_token_id=padding_id(tokenizer), batch_size=batch_size, description=description
-    )
-    broken = [number for number, values in enumerate(found) if np.isnan(values).any()]
+    return encoded
+
+
+def scores_of_rows(rows: Sequence[ChoiceRow], log_probs: Sequence[FloatArray]) -> ChoiceScores:
+    """
+    Scores of n rows from the log-probabilities of their letters.
+
+    Raises:
+        ValueError: NaN among them: the model has overflowed.
+    """
+    broken = [number for number, values in enumerate(log_probs) if np.isnan(values).any()]
     if broken:
         raise ValueError(
             f"The model gives NaN for {len(broken)} of {len(rows)} rows (first row {broken[0]}): its weights or "
             "activations have overflowed. Load it in bfloat16 or float32 instead of float16."
         )
-    return choice_scores(found, [row.answer for row in rows], subjects=[row.subject for row in rows])
-
-
-def evaluate_with_harness(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str | Mapping[str, Any]],
-    *,
-    num_fewshot: int | None = 0,
-    batch_size: int = 8,
-    limit: int | None = None,
-    chat_template: bool = False,
-) -> dict[str, Accuracy]:
-    """
-    Accuracies of lm-evaluation-harness on its own tasks (`"wmdp"`, `"mmlu"`), if it is installed.
-
-    The harness reads its data from the hub or the local cache. Other libraries' defaults apply beyond the arguments
-    below; the tokenizer is copied, since the harness sets its padding.
-
-    Args:
-        model, tokenizer:
-            As in [`evaluate_multiple_choice`].
-        tasks (`Sequence[str | Mapping]`):
-            Names of tasks or groups, or task configurations as the harness takes them.
-        num_fewshot (`int`, *optional*, defaults to `0`):
-            Solved examples in front of each question; `None` leaves it to the task.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Requests (a prompt with one letter) in a forward pass.
-        limit (`int`, *optional*):
-            The first so many rows of each task only.
-        chat_template (`bool`, *optional*, defaults to `False`):
-            Ask through the tokenizer's chat template.
-
-    Returns:
-        `dict[str, Accuracy]`: for every task, subtask and group that has an accuracy, groups averaged as the
-        harness does; empty on all processes but the first.
-
-    Raises:
-        ImportError: lm-evaluation-harness is not installed, with the command that installs it.
-        ValueError: no tasks, or none of them reports an accuracy.
-    """
-    if isinstance(tasks, str) or not len(tasks):
-        raise ValueError(f"tasks is {tasks!r}; expected a list of at least one task, such as ['wmdp_bio'].")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(
-            f'lm-evaluation-harness cannot be imported ({error}). Install it with `pip install "lm_eval[hf]"`, or '
-            "score a local file with `evaluate_multiple_choice`."
-        ) from error
-    from hf_unlearn.metrics.likelihood import evaluation_mode
-
-    with evaluation_mode(model):
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        report = simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=chat_template,
-            log_samples=False,
-        )
-    if report is None:
-        return {}
-    found = {name: values for name, values in report["results"].items() if "acc,none" in values}
-    if not found:
-        raise ValueError(
-            f"None of the tasks reports an accuracy (`acc`); they report {sorted(report['results'])}. Choose multiple "
-            "choice tasks, or call lm_eval yourself for other metrics."
-        )
-    scores = {}
-    for name, values in found.items():
-        spread = values.get("acc_stderr,none")  # "N/A" where the harness computed none
-        known = float(spread) if isinstance(spread, (int, float)) and math.isfinite(spread) else None
-        scores[name] = Accuracy(value=float(values["acc,none"]), n=_harness_rows(report, name), standard_error=known)
-    return scores
-
-
-def _harness_rows(report: Mapping[str, Any], name: str) -> int:
-    """Rows of a task; of a group, those of its tasks."""
-    counted = report["n-samples"].get(name)
-    if counted is not None:
-        return int(counted["effective"])
-    return sum(_harness_rows(report, child) for child in report.get("group_subtasks", {}).get(name, ()))
+    return choice_scores(log_probs, [row.answer for row in rows], subjects=[row.subject for row in rows])
 
 
 def _accuracy(correct: NDArray[np.bool_], counts: NDArray[np.int64]) -> Accuracy:
@@ -360,15 +297,25 @@ def _accuracy(correct: NDArray[np.bool_], counts: NDArray[np.int64]) -> Accuracy
     )
 
 
-def _letter_log_probs(
+def letter_log_probs(
     model: PreTrainedModel,
     encoded: Sequence[tuple[list[int], list[int]]],
     *,
     pad_token_id: int,
-    batch_size: int,
-    description: str | None,
+    batch_size: int = 32,
+    description: str | None = None,
 ) -> list[FloatArray]:
-    """Log-probabilities `(c_i,)` of the letters after each prompt."""
+    """
+    Log-probabilities `(c_i,)` of the letters after each prompt, NaN where the model overflows.
+
+    Args:
+        model, batch_size, description:
+            As in [`evaluate_multiple_choice`].
+        encoded (`Sequence[tuple[list[int], list[int]]]`):
+            n prompts and the ids of their letters, of [`encode_choices`].
+        pad_token_id (`int`):
+            Id to pad with.
+    """
     import torch
     from tqdm.auto import tqdm
 

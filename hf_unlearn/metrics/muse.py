@@ -183,18 +183,32 @@ def verbatim_memorization(
         ValueError: no rows, a row without `prompt` or `gt`, or one that is blank.
         TypeError: a column with something other than text.
     """
-    prompts, wanted = _columns(examples, ("prompt", "gt"))
-    cut = [tokenizer(text=text, add_special_tokens=reference_with_specials)["input_ids"] for text in wanted]
-    references = [tokenizer.decode(ids[:max_new_tokens], skip_special_tokens=True).strip() for ids in cut]
+    prompts, references = encode_verbatim(
+        tokenizer, examples, max_new_tokens=max_new_tokens, reference_with_specials=reference_with_specials
+    )
     generations = greedy(
         model,
         tokenizer,
-        [list(tokenizer(text=prompt)["input_ids"]) for prompt in prompts],
+        prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         description=description,
     )
     return memorization_scores(generations, references)
+
+
+def encode_verbatim(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 128,
+    reference_with_specials: bool = False,
+) -> tuple[list[list[int]], list[str]]:
+    """The n prompts of [`verbatim_memorization`] as token ids, and the n texts to compare continuations with."""
+    prompts, wanted = _columns(examples, ("prompt", "gt"))
+    cut = [tokenizer(text=text, add_special_tokens=reference_with_specials)["input_ids"] for text in wanted]
+    references = [tokenizer.decode(ids[:max_new_tokens], skip_special_tokens=True).strip() for ids in cut]
+    return [list(tokenizer(text=prompt)["input_ids"]) for prompt in prompts], references
 
 
 def knowledge_memorization(
@@ -236,19 +250,31 @@ def knowledge_memorization(
     """
     if isinstance(stops, str) or "" in stops:
         raise TypeError(f"stops is {stops!r}; expected a sequence of strings with text, such as {STOP_STRINGS}.")
-    questions, answers = _columns(examples, ("question", "answer"))
-    if len(shots):
-        _columns(shots, ("question", "answer"), name="shots")
-    prompts = [knowledge_prompt(question, shots, trailing_space=trailing_space) for question in questions]
+    prompts, answers = encode_knowledge(tokenizer, examples, shots=shots, trailing_space=trailing_space)
     generations = greedy(
         model,
         tokenizer,
-        [list(tokenizer(text=prompt)["input_ids"]) for prompt in prompts],
+        prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         description=description,
     )
     return memorization_scores([cut_at_stops(text, stops) for text in generations], answers)
+
+
+def encode_knowledge(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    shots: Sequence[Mapping[str, Any]] = (),
+    trailing_space: bool = False,
+) -> tuple[list[list[int]], list[str]]:
+    """The n prompts of [`knowledge_memorization`] as token ids, and the n right answers."""
+    questions, answers = _columns(examples, ("question", "answer"))
+    if len(shots):
+        _columns(shots, ("question", "answer"), name="shots")
+    prompts = [knowledge_prompt(question, shots, trailing_space=trailing_space) for question in questions]
+    return [list(tokenizer(text=prompt)["input_ids"]) for prompt in prompts], answers
 
 
 def text_min_k_scores(
@@ -282,6 +308,20 @@ def text_min_k_scores(
         ValueError: no rows, a row without text, a text of a single token, or `max_length` below 2.
         TypeError: a column with something other than text.
     """
+    found = score_tokens(
+        model,
+        encode_texts(tokenizer, examples, max_length=max_length),
+        pad_token_id=padding_id(tokenizer),
+        batch_size=batch_size,
+        description=description,
+    )
+    return min_k_scores(found.log_probs, share=share)
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], *, max_length: int = 2048
+) -> list[dict[str, list[int]]]:
+    """The rows that [`text_min_k_scores`] scores: `input_ids` and `labels` of whole texts, cut at `max_length`."""
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; expected at least 2, a token and one that it predicts.")
     (texts,) = _columns(examples, ("text",))
@@ -291,13 +331,9 @@ def text_min_k_scores(
         warnings.warn(
             f"{longer} of {len(encoded)} texts are longer than max_length={max_length} tokens and were cut: forget "
             "and holdout texts should be cut alike. Raise max_length if the model allows it.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    batch = [{"input_ids": ids[:max_length], "labels": ids[:max_length]} for ids in encoded]
-    found = score_tokens(
-        model, batch, pad_token_id=padding_id(tokenizer), batch_size=batch_size, description=description
-    )
-    return min_k_scores(found.log_probs, share=share)
+    return [{"input_ids": ids[:max_length], "labels": ids[:max_length]} for ids in encoded]
 
 
 def _auc_standard_error(members: FloatArray, others: FloatArray) -> float | None:

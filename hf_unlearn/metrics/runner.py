@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hf_unlearn.data import tokenize_example, tokenize_prompt
-from hf_unlearn.metrics.functional import log_truth_ratio, normalised_probability, probability, rouge_l_recall
 from hf_unlearn.metrics.generate import greedy, padding_id
 from hf_unlearn.metrics.likelihood import mean_nll
+from hf_unlearn.metrics.parts import TofuPart, checked_rows, evenly_spaced
 from hf_unlearn.metrics.scores import FORGET, RETAIN, PartScores, TofuScores
 
 if TYPE_CHECKING:
@@ -23,8 +19,6 @@ if TYPE_CHECKING:
     from hf_unlearn.metrics.arrays import FloatArray
 
 __all__ = ["PartScores", "TofuScores", "evaluate_part", "evaluate_tofu", "evenly_spaced"]
-
-TEXT_COLUMNS = ("question", "answer", "paraphrased_answer", "paraphrased_question")
 
 
 def evaluate_tofu(
@@ -134,38 +128,18 @@ def evaluate_part(
             Text in front of the progress bars; no bars without it.
 
     Raises:
-        ValueError: no rows, a missing or partly filled column, an empty list of wrong answers, or an answer of which
-            `max_length` leaves nothing.
+        ValueError: no rows, a missing or partly filled column, an empty list of wrong answers, an `index` that several
+            rows have, or an answer of which `max_length` leaves nothing.
         TypeError: a column with something other than text.
     """
-    chosen = _checked([rows[index] for index in evenly_spaced(len(rows), limit)])
-    n = len(chosen)
-    wrong: list[list[str]] | None = None
-    if "perturbed_answer" in chosen[0]:
-        wrong = [row["perturbed_answer"] for row in chosen]
-    elif normalised:
+    chosen = checked_rows([rows[index] for index in evenly_spaced(len(rows), limit)])
+    if normalised and "perturbed_answer" not in chosen[0]:
         raise ValueError(
             f"normalised=True needs a `perturbed_answer` column, the rows have {sorted(chosen[0])}. Use a *_perturbed "
             "split, or normalised=False."
         )
-
-    pairs = [(row["question"], row["answer"]) for row in chosen]
-    blocks = {"answer": n}
-    for name, question, answer in (
-        ("paraphrased_answer", "question", "paraphrased_answer"),
-        ("paraphrased_question", "paraphrased_question", "answer"),
-    ):
-        if name in chosen[0]:
-            pairs += [(row[question], row[answer]) for row in chosen]
-            blocks[name] = n
-    counts = [len(answers) for answers in wrong or []]
-    if wrong is not None:
-        pairs += [(row["question"], answer) for row in chosen for answer in row["perturbed_answer"]]
-        blocks["perturbed_answer"] = sum(counts)
-    nll = _score(model, tokenizer, pairs, max_length=max_length, batch_size=batch_size, description=description)
-    found = dict(zip(blocks, np.split(nll, np.cumsum(list(blocks.values()))[:-1]), strict=True))
-    wrong_nll = None if wrong is None else np.split(found["perturbed_answer"], np.cumsum(counts)[:-1])
-
+    part = TofuPart(rows=chosen, normalised=normalised)
+    nll = _score(model, tokenizer, part.texts, max_length=max_length, batch_size=batch_size, description=description)
     generations = None
     if generate:
         generations = greedy(
@@ -176,35 +150,7 @@ def evaluate_part(
             batch_size=2 * batch_size,
             description=None if description is None else f"{description}: answers",
         )
-    shares = normalised_probability(found["answer"], wrong_nll) if normalised and wrong_nll is not None else None
-    correct = found.get("paraphrased_answer", found["answer"])
-    asked_otherwise = found.get("paraphrased_question")
-    return PartScores(
-        nll=found["answer"],
-        probability=probability(found["answer"]) if shares is None else shares,
-        log_truth_ratio=None if wrong_nll is None else log_truth_ratio(correct, wrong_nll),
-        rouge=None if generations is None else rouge_l_recall(generations, [row["answer"] for row in chosen]),
-        paraphrase_probability=None if asked_otherwise is None else probability(asked_otherwise),
-        generations=generations,
-        fingerprint=_fingerprint(chosen),
-    )
-
-
-def evenly_spaced(n: int, limit: int | None) -> list[int]:
-    """
-    Numbers of at most `limit` of n rows at equal distances, the same ones every time; all rows without a limit.
-
-    Neighbouring rows of TOFU are about one author, so the first rows would be about few of them.
-
-    Raises:
-        ValueError: `limit` is below 1.
-    """
-    if limit is None:
-        return list(range(n))
-    if limit < 1:
-        raise ValueError(f"limit is {limit}; expected None or at least 1.")
-    kept = min(limit, n)
-    return [index * n // kept for index in range(kept)]
+    return part.scores(nll, generations)
 
 
 def _score(
@@ -232,45 +178,3 @@ def _score(
         batch_size=batch_size,
         description=None if description is None else f"{description}: likelihood",
     )
-
-
-def _checked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the columns that are used, each of which all rows have."""
-    if not rows:
-        raise ValueError("There are no rows to evaluate; expected at least one.")
-    kept = [
-        {
-            name: row[name]
-            for name in (*TEXT_COLUMNS, "perturbed_answer")
-            if name in row and row[name] is not None  # a Dataset fills the gaps of a column with None
-        }
-        for row in rows
-    ]
-    for name in (*TEXT_COLUMNS, "perturbed_answer"):
-        without = [number for number, row in enumerate(kept) if name not in row]
-        if without and (name in ("question", "answer") or len(without) < len(kept)):
-            raise ValueError(
-                f"Row {without[0]} has no `{name}` ({len(without)} of {len(kept)} rows have none). Every row needs "
-                "`question` and `answer`; other columns belong to all rows or to none."
-            )
-        for number, row in enumerate(kept):
-            if name in row:
-                _check_text(number, name, row[name])
-    return kept
-
-
-def _check_text(number: int, name: str, value: Any) -> None:
-    many = name == "perturbed_answer"
-    texts = value if many and isinstance(value, (list, tuple)) else [value]
-    if (many and isinstance(value, str)) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(
-            f"`{name}` of row {number} is {value!r:.80}; expected {'a list of strings' if many else 'a string'}."
-        )
-    if not texts:
-        raise ValueError(f"`{name}` of row {number} is empty; expected at least one wrong answer.")
-
-
-def _fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """16 hexadecimal digits over the texts that were scored."""
-    text = json.dumps(list(rows), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

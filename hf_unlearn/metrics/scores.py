@@ -6,7 +6,8 @@ Shapes: n rows of a part.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class PartScores:
         rouge (`np.ndarray`, *optional*): `(n,)`, ROUGE-L recall of the greedy answer.
         paraphrase_probability (`np.ndarray`, *optional*):
             `(n,)`, exp(-NLL) of the answer after the paraphrased question.
+        paraphrased_nll (`np.ndarray`, *optional*):
+            `(n,)`, NLL of the paraphrased answer after the plain question, in nats.
         generations (`list[str]`, *optional*): n greedy answers.
         fingerprint (`str`, *optional*, defaults to `""`):
             Hash of the texts that were scored; comparisons refuse two parts whose hashes differ.
@@ -52,6 +55,7 @@ class PartScores:
     log_truth_ratio: FloatArray | None = None
     rouge: FloatArray | None = None
     paraphrase_probability: FloatArray | None = None
+    paraphrased_nll: FloatArray | None = None
     generations: list[str] | None = None
     fingerprint: str = ""
 
@@ -77,6 +81,17 @@ class PartScores:
     def plain_probability(self) -> FloatArray:
         """`(n,)`, exp(-NLL) of the answer, never normalised."""
         return np.exp(-self.nll)
+
+    def take(self, numbers: Sequence[int], *, fingerprint: str = "") -> PartScores:
+        """The scores of some of the rows, by their numbers, under the fingerprint of those rows."""
+        kept: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.ndarray):
+                kept[item.name] = value[list(numbers)]
+            elif isinstance(value, list):
+                kept[item.name] = [value[number] for number in numbers]
+        return PartScores(**kept, fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -217,13 +232,18 @@ class TofuScores:
 
 def _to_plain(part: PartScores) -> dict[str, Any]:
     values = {item.name: getattr(part, item.name) for item in fields(part)}
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    return {name: _numbers(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+
+def _numbers(values: FloatArray) -> list[float | str]:
+    """A destroyed model's losses may be infinite, which strict JSON has as text only; float() reads both."""
+    return [value if math.isfinite(value) else str(value) for value in values.tolist()]
 
 
 def _from_plain(values: Mapping[str, Any]) -> PartScores:
     texts = ("generations", "fingerprint")
     numbers = {
-        name: None if value is None else np.asarray(value, dtype=np.float64)
+        name: None if value is None else np.array([float(entry) for entry in value], dtype=np.float64)
         for name, value in values.items()
         if name not in texts
     }

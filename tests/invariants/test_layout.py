@@ -29,6 +29,7 @@ LEVELS = {
     "data": 2,
     "probes": 2,
     "trainers": 3,
+    "metrics.harness": 4,
     "metrics.likelihood": 4,
     "metrics.multiple_choice": 4,
     "metrics.muse": 4,

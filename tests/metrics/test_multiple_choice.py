@@ -18,12 +18,12 @@ import torch
 from hf_unlearn.data.multiple_choice_files import ChoiceRow, choice_row, load_multiple_choice
 from hf_unlearn.lab.models import tiny_config, tiny_model
 from hf_unlearn.lab.tokenizer import train_tokenizer
+from hf_unlearn.metrics.harness import evaluate_with_harness
 from hf_unlearn.metrics.multiple_choice import (
     choice_prompt,
     choice_scores,
     encode_choices,
     evaluate_multiple_choice,
-    evaluate_with_harness,
 )
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -391,10 +391,10 @@ def test_csv_files_that_cannot_be_scored_say_where_and_why(tmp_path, rows, messa
 def test_paths_without_questions_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         load_multiple_choice(tmp_path / "absent.json")
-    with pytest.raises(FileNotFoundError, match=r"holds no \.json, \.jsonl, \.csv file"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.json, \.jsonl, \.csv, \.parquet file"):
         load_multiple_choice(tmp_path)
-    with pytest.raises(ValueError, match=r"ends with '\.parquet'"):
-        load_multiple_choice(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"ends with '\.txt'"):
+        load_multiple_choice(tmp_path / "a.txt")
 
 
 def test_rows_from_memory():

@@ -1,0 +1,225 @@
+"""The passes over TOFU's rows that its metrics are made of, and the checks before the first one.
+
+Shapes: n forget rows, m holdout rows.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data import tokenize_example
+from ..losses import IGNORE_INDEX
+from ..metrics.arrays import FloatArray
+from ..metrics.functional import (
+    exact_memorization,
+    extraction_strength,
+    loss_scores,
+    min_k_plus_plus_scores,
+    min_k_scores,
+    zlib_scores,
+)
+from ..metrics.parts import checked_rows, evenly_spaced, fingerprint
+from ..metrics.scores import FORGET, RETAIN, PartScores, TofuScores
+from ..metrics.token_scores import TokenScores
+from ..reports.eval_rows import EncodedRows, EvalRows, Limits
+from .session import Session
+from .tofu_files import ForgetDetails, TofuEvaluation, TofuReference, load_reference
+
+HOLDOUT = "holdout"
+MIN_K = 0.4
+EXAMPLES_PER_PART = 10
+
+ReferenceLike = str | os.PathLike[str] | TofuReference | TofuScores | TofuEvaluation
+
+
+def part_losses(session: Session, rows: EvalRows, encoded: EncodedRows) -> dict[str, FloatArray]:
+    """Mean NLL of all texts, part by part."""
+    found, start = {}, 0
+    for name, part in rows.parts.items():
+        stop = start + len(part.texts)
+        found[name] = session.nll(f"{name} likelihoods", encoded.texts[start:stop])
+        start = stop
+    return found
+
+
+def part_answers(
+    session: Session, rows: EvalRows, encoded: EncodedRows, max_new_tokens: int | None
+) -> Iterator[tuple[str, list[str] | None]]:
+    """The greedy answers of each part; None for each where none are wanted."""
+    start = 0
+    for name, part in rows.parts.items():
+        prompts = encoded.prompts[start : start + len(part.rows)]
+        start += len(part.rows)
+        if max_new_tokens is None:
+            yield name, None
+        else:
+            yield name, session.answers(f"{name} answers", prompts, max_new_tokens=max_new_tokens)
+
+
+def forget_details(
+    session: Session,
+    rows: EvalRows,
+    encoded: EncodedRows,
+    others: list[dict[str, Any]],
+    other_texts: list[dict[str, list[int]]],
+) -> ForgetDetails:
+    """Token scores of the forget and holdout answers, and what is made of them."""
+    forget = rows.parts[FORGET].rows
+    members = session.token_scores("forget tokens", encoded.texts[: len(forget)])
+    holdout: dict[str, FloatArray] = {}
+    if others:
+        tokens = session.token_scores("holdout tokens", other_texts)
+        holdout = _attacks(tokens, [row["answer"] for row in others])
+    return ForgetDetails(
+        exact_memorization=_each(exact_memorization, members),
+        extraction_strength=_each(extraction_strength, members),
+        membership=_attacks(members, [row["answer"] for row in forget]),
+        holdout=holdout,
+        fingerprint=fingerprint(forget),
+        holdout_fingerprint=fingerprint(others) if others else "",
+    )
+
+
+def examples_of(rows: EvalRows, parts: Mapping[str, PartScores]) -> tuple[dict[str, str], ...]:
+    """Up to ten answers of each of forget and retain, evenly spaced, with question and right answer."""
+    found: list[dict[str, str]] = []
+    for name in (FORGET, RETAIN):
+        answers = parts[name].generations
+        for number in evenly_spaced(len(answers or ()), EXAMPLES_PER_PART):
+            row = rows.parts[name].rows[number]
+            assert answers is not None
+            texts = {"question": row["question"], "answer": row["answer"], "generated": answers[number]}
+            found.append({"part": name, **texts})
+    return tuple(found)
+
+
+def _attacks(tokens: TokenScores, texts: Sequence[str]) -> dict[str, FloatArray]:
+    """Membership scores of each row by attack, high for what was not seen."""
+    return {
+        "loss": loss_scores(tokens.log_probs),
+        "zlib": zlib_scores(tokens.log_probs, texts),
+        "min_k": min_k_scores(tokens.log_probs, share=MIN_K),
+        "min_k_plus_plus": min_k_plus_plus_scores(tokens.log_probs, tokens.mu, tokens.sigma, share=MIN_K),
+    }
+
+
+def _each(metric: Callable[..., float], tokens: TokenScores) -> FloatArray:
+    pairs = zip(tokens.predictions, tokens.labels, strict=True)
+    return np.array([metric(predictions, labels) for predictions, labels in pairs], dtype=np.float64)
+
+
+# ---------------------------------------------------------------------------------------------- before the first pass
+
+
+def split_limits(limits: Limits, parts: Sequence[str], holdout: bool) -> tuple[Limits, int | None]:
+    """The limits of the parts, and that of the holdout rows."""
+    if not isinstance(limits, Mapping):
+        return limits, limits if holdout else None
+    named = dict(limits)
+    of_holdout = named.pop(HOLDOUT, None)
+    if HOLDOUT in limits and not holdout:
+        raise ValueError("limits names 'holdout', but there are no holdout rows.")
+    unknown = sorted(set(named) - set(parts))
+    if unknown:
+        raise ValueError(f"limits names {unknown}, but the parts are {sorted(parts)}.")
+    return named, of_holdout
+
+
+def holdout_rows(holdout: Any, limit: int | None) -> list[dict[str, Any]]:
+    """Question and answer of the holdout rows; none without any."""
+    if holdout is None:
+        return []
+    chosen = [holdout[number] for number in evenly_spaced(len(holdout), limit)]
+    try:
+        checked = checked_rows([{name: row.get(name) for name in ("question", "answer", "index")} for row in chosen])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"The holdout rows: {error}") from error
+    return [{name: row[name] for name in ("question", "answer")} for row in checked]
+
+
+def matching_reference(rows: EvalRows, given: ReferenceLike | None) -> TofuReference | None:
+    """
+    The retain-only model's scores of the rows that are scored here.
+
+    Other forget rows are an error, not a missing metric: whoever gives a reference wants to be compared with it, and
+    nothing has been computed yet.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read, or is of other forget rows.
+        TypeError: it is something else.
+    """
+    if given is None:
+        return None
+    if isinstance(given, TofuEvaluation):
+        given = TofuReference(scores=given.scores, details=given.details, name=given.evaluation.model)
+    elif isinstance(given, TofuScores):
+        given = TofuReference(scores=given)
+    elif isinstance(given, (str, os.PathLike)):
+        given = load_reference(given)
+    elif not isinstance(given, TofuReference):
+        raise TypeError(f"reference is a {type(given).__name__}; expected a folder, a file, or TofuScores.")
+    theirs, details = given.scores.parts[FORGET], given.details
+    if details is not None and details.fingerprint != theirs.fingerprint:
+        raise ValueError(
+            f"The reference's scores and details are of different rows ({theirs.fingerprint!r} and "
+            f"{details.fingerprint!r}); expected both of one evaluation. Give that evaluation's folder."
+        )
+    chosen = rows.chosen_of(theirs)
+    mine = fingerprint(rows.parts[FORGET].rows)
+    if chosen is not None and details is not None:
+        details = details.take(chosen, fingerprint=mine)
+    cut = TofuReference(scores=rows.matching(given.scores), details=details, name=given.name)
+    rows.example(generate=False).mia_auc_against(cut.scores)  # refuses other rows
+    return cut
+
+
+def check_lengths(model: Any, encoded: EncodedRows, max_new_tokens: int) -> None:
+    """
+    Whether texts, and prompts with their answers, fit into the model's positions.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if encoded.longest > encoded.max_length:
+        warnings.warn(
+            f"The longest text has {encoded.longest} tokens and is cut to max_length={encoded.max_length}; its score "
+            "is about the beginning of the answer only. Raise max_length if the model allows it.",
+            stacklevel=3,
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions:
+        return
+    longest = min(encoded.longest, encoded.max_length)
+    if longest > positions:
+        raise ValueError(
+            f"A text has {longest} tokens, but {type(model).__name__} has {positions} positions. Set "
+            f"max_length={positions}, or leave long rows out."
+        )
+    prompt = max(map(len, encoded.prompts))
+    if max_new_tokens and prompt + max_new_tokens > positions:
+        raise ValueError(
+            f"A prompt of {prompt} tokens and an answer of max_new_tokens={max_new_tokens} do not fit into the "
+            f"{positions} positions of {type(model).__name__}. Set max_new_tokens to at most {positions - prompt}."
+        )
+
+
+def encoded_row(row: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+    """
+    A question and its answer as tokens, cut.
+
+    Raises:
+        ValueError: `max_length` leaves nothing of the answer.
+    """
+    encoded = tokenize_example({"question": row["question"], "answer": row["answer"]}, tokenizer)
+    cut = {name: ids[:max_length] for name, ids in encoded.items()}
+    if all(label == IGNORE_INDEX for label in cut["labels"][1:]):
+        raise ValueError(
+            f"No token of the holdout answer {row['answer']!r:.60} is left within max_length={max_length} tokens. "
+            "Raise max_length, or drop the row."
+        )
+    return cut
