@@ -18,13 +18,17 @@ COMMANDS = {
     "probe": ("probe", "train and save PRISM's probe alone, with its accuracy by layer"),
     "unlearn": ("train", "forget by a weighted sum of losses (UnlearningTrainer): GradDiff, NPO, SimNPO, ..."),
     "edit": ("edit", "make words unreachable by the smallest change of a weight matrix; --inspect PLAN shows one"),
+    "eval": ("eval", "score a model on TOFU, MUSE, WMDP, MMLU or your own rows: results.json, a table, a report"),
+    "attack": ("attack", "try to bring back what was forgotten: relearning, rounding, prompts, GCG; attacks.json"),
     "sft": ("sft", "fine-tune a target or a retain-only reference with TRL's SFTTrainer"),
+    "report": ("report", "write page, table and plots from results.json, attacks.json and folders of evaluations"),
+    "compare": ("compare", "put runs side by side: a table, and a page with forgetting against utility"),
     "lab": ("lab", "compare methods on a small model: hf-unlearn lab tofu --data FOLDER"),
     "env": ("env", "print versions and devices for a bug report"),
 }
 # Commands that may run in several processes. `edit` is not one: a single process loads, edits and writes the model;
 # for sharded engines there is `constrained_edit` in Python.
-_LAUNCHED = ("primal-dual", "prism", "probe", "unlearn", "sft")
+_LAUNCHED = ("primal-dual", "prism", "probe", "unlearn", "sft", "eval")
 _LAUNCHER_OPTIONS = (
     *("--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"),
     *("--gpu_ids", "--rdzv_backend"),
