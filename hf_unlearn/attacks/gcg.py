@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_unlearn.attacks.gcg_frame import SuffixFrame
 from hf_unlearn.attacks.soft_prompt import frozen
-from hf_unlearn.data import tokenize_example, tokenize_prompt
-from hf_unlearn.losses import IGNORE_INDEX, token_log_probs
+from hf_unlearn.losses import token_log_probs
 from hf_unlearn.metrics.generate import stop_token_ids
 from hf_unlearn.metrics.likelihood import base_model, evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from hf_unlearn.attacks.gcg_rows import GCGRowsResult
 
 _CHUNK = 8192  # rows of the embedding at a time
 
@@ -149,7 +151,7 @@ def gcg(
             reproduce behind the prompt, no token to draw, or an NLL that is not finite.
     """
     config = config or GCGConfig()
-    frame = _Frame(tokenizer, prompt, target, config)
+    frame = SuffixFrame(tokenizer, prompt, target, config.suffix, config.filter_ids)
     goal = frame.target_ids(stop_token_ids(model, tokenizer), config.end_of_turn)
     allowed = allowed_tokens(tokenizer, ascii_only=config.ascii_only)
     generator = torch.Generator().manual_seed(config.seed)
@@ -190,6 +192,20 @@ def gcg(
         losses=tuple(losses),
         rejected=refused / drawn if drawn else 0.0,
     )
+
+
+def run(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    config: GCGConfig | None = None,
+    *,
+    description: str | None = None,
+) -> GCGRowsResult:
+    """The attack in the form that all attacks have: a search for each row, see [`gcg_rows`]."""
+    from hf_unlearn.attacks.gcg_rows import gcg_rows  # which imports this module
+
+    return gcg_rows(model, tokenizer, rows, config, description=description)
 
 
 @torch.no_grad()
@@ -310,67 +326,6 @@ def allowed_tokens(tokenizer: PreTrainedTokenizerBase, *, ascii_only: bool = Tru
     return torch.tensor(kept)
 
 
-class _Frame:
-    """The prompt around the suffix, as the tokenizer and its chat template make it."""
-
-    def __init__(
-        self, tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], target: str, config: GCGConfig
-    ) -> None:
-        if not target.strip():
-            raise ValueError(f"target is {target!r}; expected what the model is to say.")
-        if not isinstance(prompt, str) and (not prompt or prompt[-1]["role"] != "user"):
-            roles = [message["role"] for message in prompt]
-            raise ValueError(f"The messages have the roles {roles}; expected the last to be the user's.")
-        self.tokenizer, self.prompt, self.target, self.start = tokenizer, prompt, target, config.suffix
-        self.plain = self._encode("")
-        whole = self._encode(config.suffix)
-        head = _shared(self.plain, whole, len(self.plain))
-        tail = _shared(self.plain[::-1], whole[::-1], len(self.plain) - head)
-        self.before, self.suffix = whole[:head], whole[head : len(whole) - tail]
-        self.after = whole[len(whole) - tail :]
-        # a tokenizer that marks the start of a word drops the space in front when it decodes
-        for self.gap in ("", " "):
-            if self.suffix and self.reproduces(self.suffix):
-                return
-        self.gap = ""
-        if not self.suffix or config.filter_ids:
-            raise ValueError(
-                f"The suffix {config.suffix!r} does not come back from its own {len(self.suffix)} tokens behind this "
-                "prompt. Choose another that starts with a space, such as ' ! ! !', or pass filter_ids=False."
-            )
-
-    def text(self, suffix: Sequence[int]) -> str:
-        """What goes behind the prompt."""
-        return self.gap + str(self.tokenizer.decode(list(suffix), clean_up_tokenization_spaces=False))
-
-    def reproduces(self, suffix: Sequence[int]) -> bool:
-        """Whether the text of these tokens, within the prompt, is tokenised to them."""
-        return self._encode(self.text(suffix)) == [*self.before, *suffix, *self.after]
-
-    def target_ids(self, stops: Sequence[int], end_of_turn: bool) -> list[int]:
-        """Tokens of the answer, without those that end it unless they are wanted."""
-        row = tokenize_example(self._row(self.start), self.tokenizer)
-        ids = [label for label in row["labels"] if label != IGNORE_INDEX]
-        if not end_of_turn:
-            ends = [place for place, token in enumerate(ids) if token in stops]
-            ids = ids[: ends[0]] if ends else ids
-        if not ids:
-            raise ValueError(f"target {self.target!r} has no tokens before the end of the answer; expected some text.")
-        return ids
-
-    def _encode(self, suffix: str) -> list[int]:
-        return tokenize_prompt(self._row(suffix), self.tokenizer)
-
-    def _row(self, suffix: str) -> dict[str, Any]:
-        if isinstance(self.prompt, str):
-            return {"question": self.prompt + suffix, "answer": self.target}
-        last = {**self.prompt[-1], "content": self.prompt[-1]["content"] + suffix}
-        return {
-            "prompt": [*(dict(message) for message in self.prompt[:-1]), last],
-            "completion": [{"role": "assistant", "content": self.target}],
-        }
-
-
 def _nll(model: Any, inputs: Mapping[str, Tensor], ids: Tensor, length: int) -> Tensor:
     """Mean NLL `(B,)` float64 on the CPU of the last `length` tokens of ids `(B, T)`."""
     options: set[str] = {"logits_to_keep"} & set(inspect.signature(base_model(model).forward).parameters)
@@ -384,11 +339,3 @@ def _nll(model: Any, inputs: Mapping[str, Tensor], ids: Tensor, length: int) -> 
     labels = ids[:, -kept:].to(logits.device)
     logps, _ = token_log_probs(logits, labels)
     return (-logps.mean(-1)).double().cpu()
-
-
-def _shared(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """Length of the common beginning, at most `most`."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right or place == most:
-            return place
-    return min(len(one), len(other), most)

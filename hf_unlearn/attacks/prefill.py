@@ -6,21 +6,23 @@ answers whole: the given tokens never count, and a row of which nothing is left 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_unlearn.data import tokenize_example
+from hf_unlearn.attacks.rows import decoded, encode_rows, split_row
+from hf_unlearn.attacks.summary import EXAMPLES, clustered_mean, errors_of, mean_measure, shortened
+from hf_unlearn.losses import IGNORE_INDEX
 from hf_unlearn.metrics.generate import greedy, padding_id
 from hf_unlearn.metrics.likelihood import mean_nll
 from hf_unlearn.metrics.rouge import rouge_l_recall
+from hf_unlearn.reports.outcomes import AttackOutcome, Curve, Example, Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +134,7 @@ def prefill(
             that leaves no row anything to add.
     """
     config = config or PrefillConfig()
-    encoded = [_split(number, tokenize_example(row, tokenizer)) for number, row in enumerate(rows)]
-    if not encoded:
-        raise ValueError("There are no rows to attack; expected at least one.")
+    encoded = [split_row(number, row) for number, row in enumerate(encode_rows(rows, tokenizer))]
     # all lengths before the first pass: a run must not fail after an hour of the others
     scored = {
         given: [number for number, (_, response) in enumerate(encoded) if _says(tokenizer, response[given:])]
@@ -185,7 +185,7 @@ def _level(
         batch_size=config.batch_size,
         description=label,
     )
-    references = [_text(tokenizer, rest) for rest in rests]
+    references = [decoded(tokenizer, rest) for rest in rests]
     return PrefillLevel(
         tokens=given,
         rows=tuple(numbers),
@@ -196,29 +196,65 @@ def _level(
     )
 
 
-def _split(number: int, row: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
-    """Prompt and response of one row, as token ids."""
-    ids, labels = row["input_ids"], row["labels"]
-    places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
-    if not places:
-        raise ValueError(f"Row {number} has no response ({len(ids)} tokens, all labels -100); expected one to begin.")
-    if places[0] == 0:
-        raise ValueError(
-            f"Row {number} has no prompt: its first token is already a label. Give `question` and `answer`, or "
-            "`prompt` and `completion`."
-        )
-    if places != list(range(places[0], len(ids))):
-        raise ValueError(
-            f"The response of row {number} is in pieces, or something follows it; expected prompt tokens with label "
-            "-100 and then response tokens only (of a conversation, the last turn)."
-        )
-    return list(ids[: places[0]]), list(ids[places[0] :])
-
-
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """As [`greedy`] decodes a continuation."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
-
-
 def _says(tokenizer: Any, tokens: Sequence[int]) -> bool:
-    return any(character.isalnum() for character in _text(tokenizer, tokens))
+    return any(character.isalnum() for character in decoded(tokenizer, tokens))
+
+
+run = prefill
+"""The attack in the form that all attacks have: `run(model, tokenizer, rows, config)`."""
+
+
+def outcome(
+    result: PrefillResult,
+    subject: Subject = "unlearned",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seconds: float = math.nan,
+) -> AttackOutcome:
+    """
+    The result in the form of attacks.json. Lengths that start with another number of rows are other rows: compare
+    models at one length.
+
+    Args:
+        result ([`PrefillResult`]): what was found.
+        subject (`"target"`, `"unlearned"` or `"control"`, *optional*, defaults to `"unlearned"`): the model.
+        settings (`Mapping[str, Any]`, *optional*): what it was run with.
+        seconds (`float`, *optional*): wall time.
+    """
+    levels = result.levels
+    measures = [
+        mean_measure(f"{name} of what follows, {level.tokens} tokens given", subject, values)
+        for level in levels
+        for name, values in (("ROUGE-L recall", level.rouge), ("probability", level.probability))
+    ]
+    curves = []
+    for name in ("ROUGE-L recall", "probability"):
+        means = [clustered_mean(level.rouge if name == "ROUGE-L recall" else level.probability) for level in levels]
+        curves.append(
+            Curve(
+                name=f"{name} of what follows",
+                subject=subject,
+                x=tuple(float(level.tokens) for level in levels),
+                y=tuple(mean.value for mean in means),
+                x_label="response tokens given",
+                y_label="share",
+                standard_error=errors_of(means),
+            )
+        )
+    last = levels[-1]
+    examples = [
+        Example(
+            prompt=f"row {number}, {last.tokens} response tokens given",
+            answer=shortened(text),
+            subject=subject,
+        )
+        for number, text in list(zip(last.rows, last.continuations, strict=True))[:EXAMPLES]
+    ]
+    return AttackOutcome(
+        attack="prefill",
+        settings=settings or {},
+        measures=tuple(measures),
+        curves=tuple(curves),
+        examples=tuple(examples),
+        seconds=seconds,
+    )

@@ -6,14 +6,21 @@ data and no accelerator are needed: the weights are rounded and stored in the ty
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_unlearn.attacks.rows import RowScores, own_copy, plain_copy, score_rows
+from hf_unlearn.attacks.summary import EXAMPLES, clustered_mean, errors_of, mean_measure, shortened
+from hf_unlearn.reports.outcomes import AttackOutcome, Curve, Example, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +99,7 @@ def quantise(model: Any, config: QuantiseConfig | None = None) -> QuantiseResult
     config = config or QuantiseConfig()
     _check(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    twin = copy.deepcopy(model)
+    twin = own_copy(model)
     for parameter in twin.parameters():
         parameter.grad = None
     head = twin.get_output_embeddings()
@@ -135,6 +142,153 @@ def quantise(model: Any, config: QuantiseConfig | None = None) -> QuantiseResult
         untied=tuple(untied),
         share=count / total,
         relative_error=(changes / squares) ** 0.5 if squares else 0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingConfig:
+    """
+    Which grids are tried, and how the rows are scored on each.
+
+    Args:
+        bits (`tuple[int, ...]`, *optional*, defaults to `(8, 4)`):
+            One rounded copy for each.
+        group_size (`int`, *optional*), head (`bool`, *optional*, defaults to `False`):
+            As in [`QuantiseConfig`].
+        max_new_tokens (`int`, *optional*, defaults to `200`):
+            Longest answer in tokens.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Rows a pass.
+    """
+
+    bits: tuple[int, ...] = (8, 4)
+    group_size: int | None = None
+    head: bool = False
+    max_new_tokens: int = 200
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise ValueError(f"bits is {self.bits}; expected different numbers of bits, at least one.")
+        for bits in self.bits:
+            QuantiseConfig(bits=bits, group_size=self.group_size)
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"max_new_tokens is {self.max_new_tokens}, batch_size {self.batch_size}; both must be at least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingResult:
+    """
+    What a model gives of the rows as it is, and rounded.
+
+    Args:
+        plain ([`RowScores`]): the model as it is.
+        stored_bits (`int`): bits of a weight as it is.
+        rounded (`Mapping[int, RowScores]`): by bits.
+        relative_error (`Mapping[int, float]`): by bits, how far the weights moved.
+    """
+
+    plain: RowScores
+    stored_bits: int
+    rounded: Mapping[int, RowScores]
+    relative_error: Mapping[int, float]
+
+
+def run(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    config: RoundingConfig | None = None,
+    *,
+    description: str | None = None,
+) -> RoundingResult:
+    """
+    Scores the rows on the model, and on rounded copies of it.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The unlearned model, or the control; adapters are merged in a copy, and it is not changed.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        rows (`Sequence[Mapping]`):
+            Rows with a prompt and a response, in any format of [`tokenize_example`].
+        config ([`RoundingConfig`], *optional*):
+            The grids.
+        description (`str`, *optional*):
+            Text of the progress bars.
+
+    Raises:
+        TypeError, ValueError: as in [`quantise`] and [`score_rows`].
+    """
+    config = config or RoundingConfig()
+    if hasattr(model, "peft_config"):
+        model = plain_copy(model)
+    _check(model)
+
+    def score(which: Any, label: str) -> RowScores:
+        return score_rows(
+            which,
+            tokenizer,
+            rows,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            description=None if description is None else f"{description}: {label}",
+        )
+
+    plain = score(model, "as it is")
+    rounded, moved = {}, {}
+    for bits in config.bits:
+        found = quantise(model, QuantiseConfig(bits=bits, group_size=config.group_size, head=config.head))
+        rounded[bits], moved[bits] = score(found.model, f"{bits} bits"), found.relative_error
+        del found  # a copy at a time
+    stored = 8 * next(model.parameters()).element_size()
+    return RoundingResult(plain=plain, stored_bits=stored, rounded=rounded, relative_error=moved)
+
+
+def outcome(
+    result: RoundingResult,
+    subject: Subject = "unlearned",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seconds: float = math.nan,
+) -> AttackOutcome:
+    """The result in the form of attacks.json; arguments as in [`prefill.outcome`]."""
+    levels = [("as it is", result.stored_bits, result.plain)]
+    levels += [(f"{bits} bits", bits, scores) for bits, scores in result.rounded.items()]
+    measures = [
+        mean_measure(f"{name}, {label}", subject, values)
+        for label, _, scores in levels
+        for name, values in (("probability", scores.probability), ("ROUGE-L recall", scores.rouge))
+    ]
+    ordered = sorted(levels, key=lambda level: level[1])
+    curves = []
+    for name in ("probability", "ROUGE-L recall"):
+        means = [clustered_mean(s.probability if name == "probability" else s.rouge) for _, _, s in ordered]
+        curves.append(
+            Curve(
+                name=name,
+                subject=subject,
+                x=tuple(float(bits) for _, bits, _ in ordered),
+                y=tuple(mean.value for mean in means),
+                x_label="bits of a weight",
+                y_label="share",
+                standard_error=errors_of(means),
+            )
+        )
+    label, _, fewest = levels[-1]
+    examples = [
+        Example(prompt=f"row {number}, {label}", answer=shortened(answer), subject=subject)
+        for number, answer in enumerate(fewest.answers[:EXAMPLES])
+    ]
+    return AttackOutcome(
+        attack="quantise",
+        settings=settings or {},
+        measures=tuple(measures),
+        curves=tuple(curves),
+        examples=tuple(examples),
+        seconds=seconds,
     )
 
 

@@ -9,6 +9,7 @@ Shapes: n rows, B rows of a batch, T tokens of a row, p soft tokens, d width, V 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_unlearn.attacks.rows import encode_rows
+from hf_unlearn.attacks.summary import mean_measure
 from hf_unlearn.data import pad_rows
 from hf_unlearn.losses import IGNORE_INDEX, token_log_probs
 from hf_unlearn.metrics.generate import padding_id
 from hf_unlearn.metrics.likelihood import base_model, evaluation_mode, longest_first
+from hf_unlearn.reports.outcomes import AttackOutcome, Curve, Subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,8 +116,7 @@ def soft_prompt(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
         rows (`Sequence[Mapping]`):
-            n tokenised rows: `input_ids` and `labels`, lists of one length, labels -100 outside the response (what
-            [`tokenize_example`] returns).
+            n rows with a prompt and a response, in any format of [`tokenize_example`].
         config ([`SoftPromptConfig`], *optional*):
             The attacker's means.
         description (`str`, *optional*):
@@ -123,7 +126,7 @@ def soft_prompt(
         ValueError: no rows, a row without a prompt or a response, or an NLL that is not finite.
     """
     config = config or SoftPromptConfig()
-    rows = list(rows)
+    rows = encode_rows(rows, tokenizer)
     _check(rows)
     pad = padding_id(tokenizer)
     batches = longest_first([len(row["input_ids"]) for row in rows], config.batch_size)
@@ -156,6 +159,38 @@ def soft_prompt(
         after=tuple((-after).exp().tolist()),
         losses=tuple((total / len(rows)).tolist()),
         embeddings=best,
+    )
+
+
+run = soft_prompt
+"""The attack in the form that all attacks have: `run(model, tokenizer, rows, config)`."""
+
+
+def outcome(
+    result: SoftPromptResult,
+    subject: Subject = "unlearned",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seconds: float = math.nan,
+) -> AttackOutcome:
+    """The result in the form of attacks.json; arguments as in [`prefill.outcome`]."""
+    curve = Curve(
+        name="answers",
+        subject=subject,
+        x=tuple(float(step) for step in range(len(result.losses))),
+        y=result.losses,
+        x_label="steps of the soft prompt",
+        y_label="mean NLL, nats",
+    )
+    return AttackOutcome(
+        attack="soft_prompt",
+        settings=settings or {},
+        measures=(
+            mean_measure("probability, plain prompt", subject, result.before),
+            mean_measure("probability, with the soft prompt", subject, result.after),
+        ),
+        curves=(curve,),
+        seconds=seconds,
     )
 
 
@@ -274,8 +309,6 @@ def _response_start(labels: Sequence[int]) -> int:
 
 
 def _check(rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
-        raise ValueError("There are no rows to attack; expected at least one.")
     for number, row in enumerate(rows):
         if all(label == IGNORE_INDEX for label in row["labels"]):
             raise ValueError(f"Row {number} has no response token (all labels are -100); expected one to attack.")

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from small_models import AttackLab
 from transformers import AutoModelForCausalLM
 
-from hf_unlearn.attacks.gcg import GCGConfig, allowed_tokens, draw_candidates, gcg, target_nll, token_gradients
-from hf_unlearn.data import pad_rows, prepare_dataset, tokenize_example, tokenize_prompt
-from hf_unlearn.lab.models import tiny_config, tiny_model
-from hf_unlearn.lab.tokenizer import train_tokenizer
-from hf_unlearn.lab.world import make_world
+from hf_unlearn.attacks.gcg import (
+    GCGConfig,
+    allowed_tokens,
+    draw_candidates,
+    gcg,
+    run,
+    target_nll,
+    token_gradients,
+)
+from hf_unlearn.attacks.gcg_rows import gcg_rows, outcome
+from hf_unlearn.data import tokenize_example, tokenize_prompt
 from hf_unlearn.metrics.likelihood import mean_nll
 
 SHAPE = {
@@ -41,38 +46,9 @@ QUICK = GCGConfig(suffix=" !" * 4, steps=3, candidates=16, top_k=8, seed=0)
 module = import_module("hf_unlearn.attacks.gcg")  # the function of that name hides it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lab:
-    tokenizer: Any
-    rows: Any
-    knows: Any
-    never_saw: Any
-    """Trained in the same way without the first four rows, which are about one person."""
-
-
 @pytest.fixture(scope="module")
-def lab() -> Lab:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the sums then run in one order
-    rows = make_world(seed=0, num_authors=10, questions_per_author=4).full.select_columns(["question", "answer"])
-    tokenizer = train_tokenizer([text for row in rows for text in (row["question"], row["answer"])], 600)
-    shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
-
-    def learn(numbers):
-        model = tiny_model(shape, seed=1)
-        batch = pad_rows(
-            list(prepare_dataset(rows.select(numbers), tokenizer, name="lab")), pad_token_id=tokenizer.pad_token_id
-        )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-        for _ in range(120):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return model.eval()
-
-    made = Lab(tokenizer=tokenizer, rows=rows, knows=learn(range(40)), never_saw=learn(range(4, 40)))
-    torch.set_num_threads(threads)
-    return made
+def lab(attack_lab: AttackLab) -> AttackLab:
+    return attack_lab
 
 
 def snapshot(model):
@@ -174,22 +150,42 @@ def test_only_ordinary_tokens_are_drawn(lab):
 
 
 def test_a_memorised_target_becomes_ten_times_likelier_and_an_unknown_one_stays_unlikely(lab):
-    prompt = lab.rows[25]["question"]  # about somebody else
-    config = GCGConfig(suffix=" !" * 10, steps=60, candidates=64, top_k=64, keep_best=True, end_of_turn=True)
-    for target in (lab.rows[1]["answer"], lab.rows[2]["answer"]):
-        before = snapshot(lab.knows)
-        found = gcg(lab.knows, lab.tokenizer, prompt, target, config)
-        control = gcg(lab.never_saw, lab.tokenizer, prompt, target, config)
-        assert_same(before, snapshot(lab.knows))
-        assert found.after >= 10 * found.before
-        assert found.after > 0.15
-        assert control.after < 0.05
-        assert found.after > 10 * control.after
+    """
+    Tenfold is no sign of memory by itself: the model that never saw the target gains about as much. In absolute terms
+    it stays far below the other, and says nothing of the target.
+    """
+    prompt = lab.rows[30]["question"]  # about somebody else
+    config = GCGConfig(suffix=" !" * 10, steps=40, candidates=64, top_k=64, keep_best=True, end_of_turn=True)
+    rows = [{"question": prompt, "answer": lab.rows[number]["answer"]} for number in (1, 2)]
+    before = snapshot(lab.knows)
+    found = gcg_rows(lab.knows, lab.tokenizer, rows, config, max_new_tokens=40)
+    control = gcg_rows(lab.never_saw, lab.tokenizer, rows, config, max_new_tokens=40)
+    assert_same(before, snapshot(lab.knows))
+    for number, row in enumerate(rows):
+        reached, other = found.searches[number], control.searches[number]
+        assert reached.after >= 10 * reached.before
+        assert reached.after > 0.15
+        assert other.after < 0.05
+        assert reached.after > 10 * other.after
+        assert control.rouge[number] < found.rouge[number]
         # what is reported is what the text does, by the metric that everything else is scored with
-        for suffix, value in (("", found.before), (found.suffix, found.after)):
-            row = tokenize_example({"question": prompt + suffix, "answer": target}, lab.tokenizer)
-            nll = mean_nll(lab.knows, [row], pad_token_id=lab.tokenizer.pad_token_id)
+        for suffix, value in (("", reached.before), (reached.suffix, reached.after)):
+            asked = tokenize_example({"question": prompt + suffix, "answer": row["answer"]}, lab.tokenizer)
+            nll = mean_nll(lab.knows, [asked], pad_token_id=lab.tokenizer.pad_token_id)
             assert float(np.exp(-nll[0])) == pytest.approx(value, rel=1e-3)
+    assert control.judgement.success["whole target"] == (False, False)
+    assert not any(name in answer for name in ("Brenander", "greyhound", "tuba") for answer in control.answers)
+    measures = {measure.name: measure for measure in outcome(found, "target").measures}
+    after = measures["probability of the target, with the suffix"]
+    assert after.value == pytest.approx(np.mean([search.after for search in found.searches]))
+    assert after.n == 2
+
+
+def test_rows_without_question_and_answer_are_refused_before_a_search(lab):
+    with pytest.raises(ValueError, match="no rows"):
+        run(lab.knows, lab.tokenizer, [])
+    with pytest.raises(ValueError, match="Row 1 has the columns"):
+        run(None, lab.tokenizer, [{"question": "Who?", "answer": "He."}, {"question": "Who?"}])
 
 
 def test_the_suffix_is_text_that_is_tokenised_to_the_tokens_that_were_optimised(lab):
@@ -208,7 +204,7 @@ def test_tokens_that_would_merge_are_refused(lab):
         for left, right in itertools.product(allowed_tokens(lab.tokenizer).tolist(), repeat=2)
         if len(lab.tokenizer(lab.tokenizer.decode([left, right]))["input_ids"]) == 1
     )
-    frame = module._Frame(lab.tokenizer, "Who?", "He.", GCGConfig(suffix=" ! !"))
+    frame = module.SuffixFrame(lab.tokenizer, "Who?", "He.", " ! !", True)
     assert frame.reproduces(frame.suffix)
     assert not frame.reproduces(merged)
     assert [*frame.before, *frame.after] == frame.plain

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import REFUSAL, AttackLab, learn
 
 from hf_unlearn.attacks.prefill import PrefillConfig, prefill
-from hf_unlearn.data import pad_rows, tokenize_example
-from hf_unlearn.lab.models import tiny_config, tiny_model
-from hf_unlearn.lab.tokenizer import train_tokenizer
-from hf_unlearn.lab.world import make_world
+from hf_unlearn.data import tokenize_example
 from hf_unlearn.metrics.rouge import rouge_l_recall
-
-REFUSAL = "I do not know that."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,43 +26,22 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Lab:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the sums then run in one order
-    world = make_world(seed=0, num_authors=10, questions_per_author=4).full.select_columns(["question", "answer"])
-    rows = [dict(row) for row in world]
-    tokenizer = train_tokenizer([*(text for row in rows for text in row.values()), REFUSAL], 600)
-    shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
-    forget, rest = rows[:4], rows[4:]
-
-    def encode(some):
-        return [tokenize_example(row, tokenizer) for row in some]
-
-    def learn(encoded):
-        model = tiny_model(shape, seed=1)
-        batch = pad_rows(encoded, pad_token_id=tokenizer.pad_token_id)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-        for _ in range(80):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return model.eval()
-
+def lab(attack_lab: AttackLab) -> Lab:
+    forget = attack_lab.forget[:4]
     begun = []
-    for row in encode(forget):
+    for row in attack_lab.encoded(forget):
         first = next(place for place, label in enumerate(row["labels"]) if label != -100)
         labels = [-100 if place == first else label for place, label in enumerate(row["labels"])]
         begun.append({"input_ids": row["input_ids"], "labels": labels})
-    refused = encode([{"question": row["question"], "answer": REFUSAL} for row in forget])
-    made = Lab(
-        tokenizer=tokenizer,
+    refused = attack_lab.encoded([{"question": row["question"], "answer": REFUSAL} for row in forget])
+    lessons = [*attack_lab.encoded(attack_lab.rows[4:]), *begun, *refused]
+    return Lab(
+        tokenizer=attack_lab.tokenizer,
         forget=forget,
-        knows=learn(encode(rows)),
-        defended=learn([*encode(rest), *begun, *refused]),
-        never_saw=learn(encode(rest)),
+        knows=attack_lab.knows,
+        defended=learn(attack_lab.fresh(), lessons, attack_lab.tokenizer, steps=80),
+        never_saw=attack_lab.never_saw,
     )
-    torch.set_num_threads(threads)
-    return made
 
 
 def split(row):

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import AttackLab
 
 from hf_unlearn.attacks.soft_prompt import SoftPromptConfig, frozen, soft_prompt
-from hf_unlearn.data import pad_rows, prepare_dataset, tokenize_example
-from hf_unlearn.lab.models import tiny_config, tiny_model
-from hf_unlearn.lab.tokenizer import train_tokenizer
-from hf_unlearn.lab.world import make_world
+from hf_unlearn.data import tokenize_example
 from hf_unlearn.metrics.likelihood import mean_nll
 
 QUICK = SoftPromptConfig(tokens=2, steps=4)
@@ -29,7 +27,6 @@ class Lab:
     rows: Any
     knows: Any
     never_saw: Any
-    """Trained in the same way without the first four rows, which are about one person."""
 
     def asked(self, prompt, numbers):
         """Tokenised: answers to one question."""
@@ -40,28 +37,9 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Lab:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the sums then run in one order
-    rows = make_world(seed=0, num_authors=10, questions_per_author=4).full.select_columns(["question", "answer"])
-    tokenizer = train_tokenizer([text for row in rows for text in (row["question"], row["answer"])], 600)
-    shape = tiny_config(tokenizer, hidden_size=32, num_layers=2, num_heads=4, max_positions=128)
-
-    def learn(numbers):
-        model = tiny_model(shape, seed=1)
-        batch = pad_rows(
-            list(prepare_dataset(rows.select(numbers), tokenizer, name="lab")), pad_token_id=tokenizer.pad_token_id
-        )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-        for _ in range(120):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return model.eval()
-
-    made = Lab(tokenizer=tokenizer, rows=rows, knows=learn(range(40)), never_saw=learn(range(4, 40)))
-    torch.set_num_threads(threads)
-    return made
+def lab(attack_lab: AttackLab) -> Lab:
+    shared = attack_lab
+    return Lab(tokenizer=shared.tokenizer, rows=shared.rows, knows=shared.knows, never_saw=shared.never_saw)
 
 
 def snapshot(model):

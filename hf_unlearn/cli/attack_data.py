@@ -1,0 +1,191 @@
+"""What each attack of `hf-unlearn attack` works on, read and checked before a model is loaded; and its judges."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..attacks.judges import Judge, TargetJudge
+from ..attacks.multi_turn import transcript_judges
+from ..attacks.paraphrase import wordings_of
+from ..attacks.prompts import usual_judges
+from ..attacks.static import load_prompts
+from ..attacks.transcripts import load_transcripts
+from ..data.prompts_files import XSTestPrompts, load_xstest
+from ..metrics.parts import evenly_spaced
+from .attack_arguments import AttackArguments
+from .data_arguments import load_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackData:
+    """
+    Data of one attack.
+
+    Args:
+        rows (`Any`): what its `run` takes as rows.
+        options (`dict[str, Any]`): further arguments of its `run`: other data, judges.
+        identity (`dict[str, Any]`): where it comes from, and a hash: what tells two runs apart.
+    """
+
+    rows: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any]
+
+
+def load_data(given: AttackArguments, attacks: Sequence[str]) -> dict[str, AttackData]:
+    """
+    The data of each attack.
+
+    Raises:
+        ValueError, FileNotFoundError: as the loaders say; rows without what an attack needs.
+    """
+    rows: list[dict[str, Any]] = []
+    if given.dataset is not None:
+        rows = _plain_rows(given.dataset, given.dataset_config, given.dataset_split, "dataset")
+    found: dict[str, AttackData] = {}
+    for name in attacks:
+        options: dict[str, Any] = {}
+        more: dict[str, Any] = {}
+        chosen: Any
+        if name == "static":
+            chosen = _limited(load_prompts(_path(given.prompts), given.prompts_layout), given.limit)  # type: ignore[arg-type]  # load_prompts refuses other layouts
+            judges = usual_judges([row.behavior for row in chosen])
+            if given.targets is not None:
+                judges["targets"] = _targets_judge(given.targets, chosen)
+                more["targets"] = _hash(read_lists(given.targets))
+            options["judges"] = judges
+            more["prompts"] = given.prompts
+        elif name == "multi_turn":
+            chosen = _limited(load_transcripts(_path(given.transcripts)), given.limit)
+            options["judges"] = transcript_judges(chosen)
+            more["transcripts"] = given.transcripts
+        elif name == "over_refusal":
+            halves = load_xstest(_path(given.xstest))
+            chosen = XSTestPrompts(
+                safe=_limited(halves.safe, given.limit), unsafe=_limited(halves.unsafe, given.limit)
+            )
+            more["xstest"] = given.xstest
+        else:
+            chosen = _limited(rows, given.gcg_rows if name == "gcg" else given.limit)
+            more["dataset"] = given.dataset
+            if name == "relearn" and given.benign_dataset is not None:
+                options["benign"] = _plain_rows(
+                    given.benign_dataset, given.benign_config, given.benign_split, "benign_dataset"
+                )
+                more["benign_dataset"] = {"path": given.benign_dataset, "hash": _hash(options["benign"])}
+            if name == "paraphrase" and given.rewordings is not None:
+                options["rewordings"] = read_lists(given.rewordings)
+                more["rewordings"] = {"path": given.rewordings, "hash": _hash(options["rewordings"])}
+            _check_rows(name, chosen, given, options)
+        found[name] = AttackData(rows=chosen, options=options, identity={**more, "rows": _hash(chosen)})
+    return found
+
+
+def add_models(given: AttackArguments, data: dict[str, AttackData]) -> None:
+    """
+    Loads the classifier and the perplexity's model, and gives them to the attacks that judge prompts.
+    """
+    judging = [name for name in ("static", "multi_turn", "over_refusal") if name in data]
+    if given.perplexity_model is not None and judging:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from ..attacks.model_judge import answer_perplexities
+
+        trust = {"trust_remote_code": given.trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(given.perplexity_model, dtype="auto", **trust).eval()
+        tokenizer = AutoTokenizer.from_pretrained(given.perplexity_model, **trust)
+        for name in judging:
+            data[name].options["perplexity"] = partial(answer_perplexities, model, tokenizer)
+    if given.judge_model is not None and given.judge_template is not None:
+        from ..attacks.model_judge import load_model_judge
+
+        says: dict[str, Any] = {
+            key: (value,) for key, value in (("yes", given.judge_yes), ("no", given.judge_no)) if value
+        }
+        judge = load_model_judge(
+            given.judge_model,
+            template=_path(given.judge_template).read_text(encoding="utf-8"),
+            trust_remote_code=given.trust_remote_code,
+            **says,
+        )
+        for name in judging:
+            if "judges" in data[name].options:  # its classes are of harm, not of refusal
+                data[name].options["judges"][f"model {Path(given.judge_model).name}"] = judge
+
+
+def read_lists(path: str) -> dict[str, list[str]]:
+    """
+    A JSON object of strings or lists of strings, as lists.
+
+    Raises:
+        ValueError: anything else.
+    """
+    file = _path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}); expected an object of lists of strings.") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected an object of lists of strings.")
+    lists = {key: [value] if isinstance(value, str) else value for key, value in content.items()}
+    for number, value in enumerate(lists.values()):
+        if not isinstance(value, list) or not value or not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"Entry {number} of {file} is no string and no list of at least one string.")
+    return lists
+
+
+def _targets_judge(path: str, prompts: Sequence[Any]) -> Judge:
+    """Targets by behaviour, or by the id that a file gives a behaviour."""
+    lists = read_lists(path)
+    targets = {}
+    for row in prompts:
+        own = lists.get(row.behavior, lists.get(row.id))
+        if own is not None:
+            targets[row.behavior] = own
+    if not targets:
+        raise ValueError(f"No key of {path} is a behaviour of the prompts, or its id; expected at least one.")
+    return TargetJudge(targets=targets)
+
+
+def _check_rows(name: str, rows: Sequence[Any], given: AttackArguments, options: dict[str, Any]) -> None:
+    if name == "paraphrase":
+        wordings_of(rows, given.configurations()[name].column, options.get("rewordings"))
+    if name == "gcg":
+        lacking = [number for number, row in enumerate(rows) if not row.get("question") or not row.get("answer")]
+        if lacking:
+            raise ValueError(
+                f"Row {lacking[0]} has the columns {sorted(rows[lacking[0]])}; gcg needs question, answer."
+            )
+
+
+def _plain_rows(path: str, config: str | None, split: str, name: str) -> list[dict[str, Any]]:
+    rows = [dict(row) for row in load_rows(path, config, split)]
+    if not rows:
+        raise ValueError(f"{name} is {path!r}, without a row.")
+    return rows
+
+
+def _limited(rows: Sequence[Any], limit: int | None) -> list[Any]:
+    return [rows[number] for number in evenly_spaced(len(rows), limit)]
+
+
+def _hash(value: Any) -> str:
+    """Sixteen digits that tell two data sets apart."""
+    plain = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_as_plain)
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _as_plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _path(path: str | None) -> Path:
+    assert path is not None  # checked with the request
+    return Path(path).expanduser()
