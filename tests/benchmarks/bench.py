@@ -21,7 +21,7 @@ from steps import ISSUE, LLAMA_1B, LLAMA_8B, Shape, batch, build, model_flops, s
 from timing import peak_bytes, seconds
 
 SHAPES = {shape.name: shape for shape in (ISSUE, LLAMA_1B, LLAMA_8B)}
-# (what, against what, highest ratio that issue 3 allows for seconds and for memory)
+# (what, against what, highest ratio that is allowed for seconds and for memory)
 RATIOS = (
     ("primal-dual, fused", "primal-dual, plain", 0.5, 0.35),
     ("primal-dual, fused", "primal-dual, whole logits", None, None),

@@ -21,7 +21,7 @@ from hf_unlearn.trainers import UnlearningConfig, UnlearningTrainer
 ROWS = 16
 EPOCHS = 3
 STRATEGIES = ("random", "group_by_length")
-# The share that issue 3 allows, for batches grouped by length.
+# The share that is allowed, for batches grouped by length.
 ALLOWED = 0.10
 
 

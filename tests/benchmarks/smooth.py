@@ -35,7 +35,7 @@ SHAPE = Shape(
     tokens=128,
 )
 LAYER = 6
-# What issue 4 allows: time against NPO with an uncached reference, tensors of the gradients' size beside plain
+# What is allowed: time against NPO with an uncached reference, tensors of the gradients' size beside plain
 # training's, and with LoRA memory as a share of the model.
 ALLOWED = {"time": 1.4, "gradients": 2.0, "lora": 0.01}
 
