@@ -58,15 +58,16 @@ def _evaluate(
     lengths: dict[str, Any] = {
         name: getattr(given, name) for name in ("max_length", "max_new_tokens") if getattr(given, name) is not None
     }
-    settings = {"dataset": given.data or "", "dtype": str(model.dtype).removeprefix("torch.")}
+    settings: dict[str, Any] = {"dataset": given.data or ""}
     if given.benchmark == "muse":
         from ..evaluation.muse import run_muse
 
         assert data.muse is not None
         reference: Any = data.reference_evaluation
-        return run_muse(model, tokenizer, data.muse, reference=reference, limit=given.limit, **lengths, **shared), None
+        how = {**lengths, **shared, "limit": given.limit, "settings": settings}
+        return run_muse(model, tokenizer, data.muse, reference=reference, **how), None
     if given.benchmark in CHOICES:
-        return _choices(given, data, model, tokenizer, common, shared), None
+        return _choices(given, data, model, tokenizer, common, {**shared, "settings": settings}), None
     if given.benchmark == "tofu":
         from ..data.tofu import TOFU_HUB_ID
         from ..evaluation.tofu import run_tofu

@@ -17,6 +17,8 @@ WITH_SCORES = ("tofu", "rows")
 CHOICES = ("wmdp", "mmlu", "multiple_choice")
 _ONLY: dict[str, tuple[str, ...]] = {
     "forget_split": ("tofu",),
+    "holdout_config": WITH_SCORES,
+    "holdout_split": WITH_SCORES,
     "run": WITH_SCORES,
     "target": WITH_SCORES,
     "holdout_dataset": WITH_SCORES,
@@ -131,6 +133,11 @@ def check_request(given: EvalArguments, model_args: Any) -> None:
         raise ValueError(f"data is missing: {_DATA[given.benchmark]}.")
     if given.data is not None and given.harness_tasks:
         raise ValueError("data and harness_tasks are both given; expected one: the harness reads its own data.")
+    if given.max_length is not None and given.benchmark in CHOICES and given.data is None:
+        raise ValueError("max_length has no meaning for lm-evaluation-harness, which cuts by itself. Leave it out.")
+    for name in ("holdout_config", "holdout_split"):
+        if given.holdout_dataset is None and getattr(given, name) != EvalArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"{name} is given without holdout_dataset. Name the dataset, or leave it out.")
     for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
         value = getattr(given, name)
         if value is not None and value < 1:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..data.multiple_choice_files import ChoiceRow
     from ..data.muse_files import MuseFiles
     from ..evaluation.tofu_files import TofuEvaluation, TofuReference
+    from ..reports.eval_rows import EvalRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def load_data(given: EvalArguments) -> EvalData:
             )
     parts = _tofu_parts(given) if given.benchmark == "tofu" else _own_parts(given)
     from ..evaluation.tofu_files import SCORES_FILE, load_reference
-    from ..evaluation.tofu_scoring import holdout_rows, matching_reference
+    from ..evaluation.tofu_scoring import check_holdout, holdout_rows, matching_reference
 
     models: dict[str, Any] = {}
     if given.reference is not None:
@@ -82,22 +83,40 @@ def load_data(given: EvalArguments) -> EvalData:
             models["reference_evaluation"] = _evaluated(folder, "reference", given)
     if given.target is not None:
         models["target"] = _evaluated(_existing(given.target, "target"), "target", given)
+    if "target" in models and models.get("reference_evaluation") is not None:
+        _check_comparable(models["target"], models["reference_evaluation"], given)
     if given.run is not None:
         from ..evaluation.training_run import read_training_run
 
         read_training_run(Path(given.run).expanduser())
     # the evaluation checks the same once more; here no model has been loaded yet
-    holdout_rows(holdout, given.limit)
+    others = holdout_rows(holdout, given.limit)
+    rows: EvalRows
     if given.benchmark == "rows":
         from ..evaluation.own_rows import OwnEvalRows, check_parts
 
         check_parts(parts, reference=models.get("reference"), holdout=holdout)
-        matching_reference(OwnEvalRows(parts, given.limit), models.get("reference"))
+        rows = OwnEvalRows(parts, given.limit)
     else:
-        from ..reports.eval_rows import EvalRows
+        from ..reports.eval_rows import EvalRows as TofuRows
 
-        matching_reference(EvalRows(parts, given.limit), models.get("reference"))
+        rows = TofuRows(parts, given.limit)
+    check_holdout(rows, others)
+    matching_reference(rows, models.get("reference"))
     return EvalData(parts=parts, holdout=holdout, **models)
+
+
+def _check_comparable(target: TofuEvaluation, reference: TofuEvaluation, given: EvalArguments) -> None:
+    """The report compares the target with the reference, where its own evaluation has not: on the same rows only."""
+    if "forget_quality" in target.evaluation.metrics:
+        return
+    try:
+        target.scores.mia_auc_against(reference.scores)
+    except ValueError as error:
+        raise ValueError(
+            f"target {given.target!r} cannot be compared with reference {given.reference!r}: {error} Or evaluate the "
+            "target with this reference."
+        ) from error
 
 
 def _evaluated(place: Path, kind: str, given: EvalArguments) -> TofuEvaluation:
@@ -143,7 +162,8 @@ def _tofu_parts(given: EvalArguments) -> dict[str, Any]:
         try:
             parts[part] = load_tofu(split, place)
         except FileNotFoundError:
-            if part in ("forget", "retain"):
+            # on the hub every part is there: what is not found is a network or a cache
+            if part in ("forget", "retain") or given.data is None or not Path(given.data).expanduser().is_dir():
                 raise
             # a folder without general knowledge: its metrics are absent, and say so
     return parts

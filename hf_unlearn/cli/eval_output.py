@@ -63,6 +63,9 @@ def print_evaluation(
     console.print(evaluation_table(evaluation, others))
     for reason, names in _by_reason(evaluation).items():
         console.print(f"Absent: {', '.join(names)}: {reason}.", style="dim", markup=False, highlight=False)
+    limit = evaluation.settings.get("limits", evaluation.settings.get("limit"))
+    if limit is not None:
+        console.print(f"At most {limit} rows of each part: for a first look, not for numbers to report.", style="dim")
     names = ["evaluation.json", *evaluation.rows.values(), *written]
     seconds = formats.duration(evaluation.seconds.get("total"))
     console.print(

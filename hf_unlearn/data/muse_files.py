@@ -113,11 +113,13 @@ def _rows(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _json(file: Path) -> list[Any]:
-    text = file.read_text(encoding="utf-8-sig")
     try:
+        text = file.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             return list(json.loads(text))
         return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is neither a JSON list nor one JSON object a line ({error}).") from error
 

@@ -69,7 +69,10 @@ def _rank(part: str) -> int:
 
 def _objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each object is, for errors, and the object."""
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     if text.lstrip().startswith("["):
         try:
             entries = [(f"Row {number} of {file}", entry) for number, entry in enumerate(json.loads(text))]
@@ -120,7 +123,7 @@ def _checked(where: str, row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             _check_text(f"`{WRONG}[{number}]` of {_lower(where)}", answer)
     if "index" in given and (isinstance(given["index"], bool) or not isinstance(given["index"], (int, str))):
         raise TypeError(
-            f"`index` of {_lower(where)} is a {type(given['index']).__name__}; expected a number or a string."
+            f"`index` of {_lower(where)} is a {type(given['index']).__name__}; expected an integer or a string."
         )
     part = given.pop("part", FORGET)
     if not isinstance(part, str) or not _PART.fullmatch(part):
@@ -128,7 +131,22 @@ def _checked(where: str, row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"`part` of {_lower(where)} is {part!r:.40}; expected a name of letters, digits and underscores that "
             "begins with a letter, as 'forget', 'retain' or 'neighbours'."
         )
+    reason = name_taken(part)
+    if reason:
+        raise ValueError(f"`part` of {_lower(where)} is {part!r}, {reason}")
     return part, given
+
+
+def name_taken(part: str) -> str:
+    """Why a part cannot have this name, with what to do; empty where it can."""
+    if part == "holdout":
+        return (
+            "whose rows would count as knowledge to keep; expected rows that no model has seen in a file of their "
+            "own. Give that as holdout_dataset."
+        )
+    if part.endswith("_plain") or part in ("forget_paraphrased_question", "forget_paraphrased_answer"):
+        return "whose metrics would have the names of other metrics. Give the part another name."
+    return ""
 
 
 def _check_part(part: str, rows: list[dict[str, Any]], lines: list[str]) -> None:
@@ -157,6 +175,12 @@ def _check_text(what: str, value: Any) -> None:
         raise TypeError(f"{what} is a {type(value).__name__}; expected a string.")
     if not value.strip():
         raise ValueError(f"{what} is blank; expected text. Drop the row, or fill it in.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} has half a character ({value[error.start]!r}) at {error.start}; expected text. Repair it."
+        ) from error
 
 
 def _lower(where: str) -> str:

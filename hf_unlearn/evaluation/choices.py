@@ -18,7 +18,18 @@ from ..metrics.runner import evenly_spaced
 from ..reports.versions import library_versions
 from .record import Evaluation, MetricValue
 from .session import Session
-from .values import check_whole, mean_metric, save_rows, text_digest
+from .values import (
+    RESAMPLES,
+    SEED,
+    check_positions,
+    check_whole,
+    how_scored,
+    mean_metric,
+    name_of,
+    positions_of,
+    save_rows,
+    text_digest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +52,7 @@ def run_choices(
     max_length: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
+    settings: Mapping[str, Any] | None = None,
     description: str | None = None,
 ) -> Evaluation:
     """
@@ -59,8 +71,8 @@ def run_choices(
             n questions ([`load_multiple_choice`]).
         benchmark (`Literal["wmdp", "mmlu", "multiple_choice"]`, *optional*, defaults to `"multiple_choice"`):
             What they are: decides whether a high accuracy is good (MMLU), or near chance is (WMDP).
-        model_name (`str`, *optional*, defaults to `""`):
-            Name or path, for the record.
+        model_name (`str`, *optional*):
+            Name or path, for the record. Default: the name in the model's config.
         chat_template (`bool`, *optional*, defaults to `False`):
             Ask in a user's turn of the chat template; published numbers are without.
         limit (`int`, *optional*):
@@ -70,14 +82,20 @@ def run_choices(
             written there.
         max_length (`int`, *optional*):
             Longest prompt in tokens; longer ones lose their beginning, with a warning.
+        settings (`Mapping[str, Any]`, *optional*):
+            What else belongs on record: paths, for example.
 
     Raises:
-        ValueError, TypeError: the reasons of [`evaluate_multiple_choice`], or sharded weights.
+        ValueError, TypeError: the reasons of [`evaluate_multiple_choice`], sharded weights, or a prompt that does not
+            fit into the model; but for NaN before anything is computed.
         OSError: `output_dir` cannot be written.
     """
     started = time.perf_counter()
     chosen = [rows[number] for number in evenly_spaced(len(rows), limit)]
     encoded = encode_rows(chosen, tokenizer, chat_template=chat_template, max_length=max_length)
+    check_positions(
+        model, max(len(ids) for ids, _ in encoded), f"a question. Set max_length to at most {positions_of(model)}"
+    )
     session = Session(
         model,
         tokenizer,
@@ -103,19 +121,21 @@ def run_choices(
     scores = scores_of_rows(chosen, [np.asarray(values, dtype=np.float64) for values in log_probs])
     found = Evaluation(
         benchmark=benchmark,
-        model=model_name,
+        model=model_name or name_of(session.model),
         model_hash=session.model_hash,
         metrics=choice_metrics(scores, benchmark),
         absent={} if session.hash_obstacle is None else {"model_hash": session.hash_obstacle},
         settings={
+            **(settings or {}),
             "rows": len(chosen),
             "rows_digest": text_digest([[row.question, row.choices, row.answer] for row in chosen]),
             "chat_template": chat_template,
             "limit": limit,
-            "batch_size": batch_size,
             "max_length": max_length,
-            "processes": session.processes.num_processes,
             "scorer": "built-in",
+            "resamples": RESAMPLES,
+            "seed": SEED,
+            **how_scored(session),
         },
         versions=library_versions(),
         seconds={"total": time.perf_counter() - started},
@@ -193,7 +213,7 @@ def run_harness(
             metrics = {"accuracy": value, **metrics}
     found = Evaluation(
         benchmark=benchmark,
-        model=model_name,
+        model=model_name or name_of(session.model),
         model_hash=session.model_hash,
         metrics=metrics,
         absent={} if "accuracy" in metrics else {"accuracy": f"the harness reports none for {tasks[0]}"},
@@ -201,6 +221,7 @@ def run_harness(
             "tasks": list(tasks),
             "chat_template": chat_template,
             "limit": limit,
+            **how_scored(session),
             "batch_size": batch_size,
             "scorer": "lm-evaluation-harness",
         },

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.muse_files import MuseFiles
-from ..metrics.arrays import FloatArray
+from ..data.muse_files import MUSE_FILES, MuseFiles
+from ..metrics.arrays import FloatArray, is_share
 from ..metrics.generate import padding_id
 from ..metrics.membership_scores import min_k_scores
 from ..metrics.muse import (
@@ -27,11 +27,24 @@ from ..metrics.muse import (
 )
 from ..metrics.runner import evenly_spaced
 from ..metrics.token_scores import score_tokens
-from ..metrics.uncertainty import auc_of_draws, bootstrap
+from ..metrics.uncertainty import Statistic, auc_of_draws, bootstrap
 from ..reports.versions import library_versions
 from .record import Evaluation, MetricValue
 from .session import Session
-from .values import check_whole, mean_metric, metric_of, save_rows, text_digest
+from .values import (
+    RESAMPLES,
+    SEED,
+    check_counts,
+    check_positions,
+    check_whole,
+    how_scored,
+    mean_metric,
+    metric_of,
+    name_of,
+    positions_of,
+    save_rows,
+    text_digest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +58,7 @@ _GENERATED: dict[str, tuple[str, ...]] = {
     "knowmem_f": ("knowmem/forget_qa", "knowmem/forget_qa_icl"),
     "knowmem_r": ("knowmem/retain_qa", "knowmem/retain_qa_icl"),
 }
+SIDES = ("forget", "holdout")
 _PRIVACY = ("privleak", "privleak_auc", "privleak_reference_auc")
 
 
@@ -61,6 +75,7 @@ def run_muse(
     max_length: int = 2048,
     output_dir: str | os.PathLike[str] | None = None,
     accelerator: Any = None,
+    settings: Mapping[str, Any] | None = None,
     description: str | None = None,
 ) -> Evaluation:
     """
@@ -80,8 +95,8 @@ def run_muse(
             What [`load_muse`] read.
         reference ([`Evaluation`] or `float`, *optional*):
             That of the retrained model on the same texts, or its AUC. Without it PrivLeak is against an AUC of 0.5.
-        model_name (`str`, *optional*, defaults to `""`):
-            Name or path, for the record.
+        model_name (`str`, *optional*):
+            Name or path, for the record. Default: the name in the model's config.
         limit (`int`, *optional*):
             Only so many rows of each file, evenly spaced.
         batch_size, output_dir, accelerator, description:
@@ -91,12 +106,39 @@ def run_muse(
             Longest generated text in tokens; by default 128 for `verbmem_f` and 32 for the others.
         max_length (`int`, *optional*, defaults to `2048`):
             Longest text for PrivLeak in tokens; longer ones are cut, with a warning.
+        settings (`Mapping[str, Any]`, *optional*):
+            What else belongs on record: paths, for example.
 
     Raises:
-        ValueError: sharded weights, or any reason of the functions above.
+        ValueError: before anything is computed: sharded weights, a reference AUC outside [0, 1], texts that do not fit
+            into the model, or any reason of the functions above. Later: a model that gives NaN.
         OSError: `output_dir` cannot be written.
     """
     started = time.perf_counter()
+    check_counts(max_new_tokens=max_new_tokens, max_length=max_length, batch_size=batch_size)
+    if reference is not None and not isinstance(reference, Evaluation) and not is_share(reference):
+        raise ValueError(f"reference is {reference!r}; expected an AUC in [0, 1], or an Evaluation.")
+    # examples that are shown are not rows that are scored
+    rows = {
+        name: part if name.endswith("_icl") else [part[number] for number in evenly_spaced(len(part), limit)]
+        for name, part in files.rows.items()
+    }
+    gone = {name: files.absent.get(name, f"there are no rows of {name}") for name in MUSE_FILES if name not in rows}
+    asked = _asked(tokenizer, rows, max_new_tokens)
+    texts = {
+        side: encode_texts(tokenizer, rows[f"privleak/{side}"], max_length=max_length)
+        for side in SIDES
+        if not {f"privleak/{side}" for side in SIDES} & set(gone)
+    }
+    for name, one in asked.items():
+        longest = max(map(len, one.prompts)) + one.tokens
+        check_positions(model, longest, f"a prompt of {name} and {one.tokens} tokens after it. Leave the row out")
+    for side, encoded in texts.items():
+        longest = max(len(row["input_ids"]) for row in encoded)
+        check_positions(model, longest, f"a text of privleak/{side}. Set max_length to at most {positions_of(model)}")
+        single = [number for number, row in enumerate(encoded) if len(row["input_ids"]) < 2]
+        if single:
+            raise ValueError(f"Row {single[0]} of privleak/{side} has one token, which nothing predicts. Drop it.")
     session = Session(
         model,
         tokenizer,
@@ -106,30 +148,21 @@ def run_muse(
         description=description,
     )
     check_whole(session, "MUSE")
-    # examples that are shown are not rows that are scored
-    rows = {
-        name: part if name.endswith("_icl") else [part[number] for number in evenly_spaced(len(part), limit)]
-        for name, part in files.rows.items()
-    }
     found = _Findings(absent={} if session.hash_obstacle is None else {"model_hash": session.hash_obstacle})
     for name, needed in _GENERATED.items():
         begun = time.perf_counter()
-        if found.missing([files.absent[file] for file in needed if file not in rows], name):
+        if found.missing([gone[file] for file in needed if file in gone], name):
             continue
-        scores = (
-            _verbatim(session, rows[needed[0]], max_new_tokens or VERBATIM_TOKENS)
-            if name == "verbmem_f"
-            else _knowledge(session, name, rows[needed[0]], rows[needed[1]], max_new_tokens or KNOWLEDGE_TOKENS)
-        )
+        scores = _generate(session, name, asked[name])
         found.metrics[name] = mean_metric(scores.rouge, higher_is_better=True if name == "knowmem_r" else None)
         found.lines[name] = _generated(scores)
         found.seconds[name] = time.perf_counter() - begun
-    texts = {side: rows.get(f"privleak/{side}", []) for side in ("forget", "holdout")}
-    digest = text_digest([[row["text"] for row in part] for part in texts.values()])
-    if not found.missing([files.absent[f"privleak/{side}"] for side, part in texts.items() if not part], *_PRIVACY):
+    digest = text_digest([[row["text"] for row in rows.get(f"privleak/{side}", ())] for side in SIDES])
+    if not found.missing([gone[f"privleak/{side}"] for side in SIDES if f"privleak/{side}" in gone], *_PRIVACY):
         begun = time.perf_counter()
-        scored = {side: _min_k(session, side, part, max_length) for side, part in texts.items()}
-        metrics, reasons = _privacy(scored["forget"], scored["holdout"], reference, digest)
+        scored = {side: _min_k(session, side, encoded) for side, encoded in texts.items()}
+        same = {"privleak_digest": digest, "max_length": max_length}
+        metrics, reasons = _privacy(scored["forget"], scored["holdout"], reference, same)
         found.metrics.update(metrics)
         found.absent.update(reasons)
         found.lines["privleak"] = [
@@ -141,11 +174,12 @@ def run_muse(
 
     evaluation = Evaluation(
         benchmark="muse",
-        model=model_name,
+        model=model_name or name_of(session.model),
         model_hash=session.model_hash,
         metrics=found.metrics,
         absent=found.absent,
         settings={
+            **(settings or {}),
             "rows": {name: len(part) for name, part in rows.items()},
             "rows_digest": text_digest(rows),
             "privleak_digest": digest,
@@ -153,10 +187,11 @@ def run_muse(
             "reference_hash": reference.model_hash if isinstance(reference, Evaluation) else None,
             "min_k_share": MIN_K_SHARE,
             "limit": limit,
-            "batch_size": batch_size,
             "max_new_tokens": max_new_tokens or {"verbmem": VERBATIM_TOKENS, "knowmem": KNOWLEDGE_TOKENS},
             "max_length": max_length,
-            "processes": session.processes.num_processes,
+            "resamples": RESAMPLES,
+            "seed": SEED,
+            **how_scored(session),
         },
         versions=library_versions(),
         seconds={**found.seconds, "total": time.perf_counter() - started},
@@ -182,28 +217,41 @@ class _Findings:
         return bool(reasons)
 
 
-def _verbatim(session: Session, rows: Sequence[Mapping[str, str]], max_new_tokens: int) -> MemorizationScores:
-    prompts, references = encode_verbatim(session.tokenizer, rows, max_new_tokens=max_new_tokens)
-    return memorization_scores(
-        session.answers("verbmem_f", prompts, max_new_tokens=max_new_tokens, batch_size=session.batch_size), references
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Prompts of a metric, what should follow each, and how many tokens are generated."""
+
+    prompts: list[list[int]]
+    wanted: list[str]
+    tokens: int
 
 
-def _knowledge(
-    session: Session,
-    name: str,
-    rows: Sequence[Mapping[str, str]],
-    shots: Sequence[Mapping[str, str]],
-    max_new_tokens: int,
-) -> MemorizationScores:
-    prompts, answers = encode_knowledge(session.tokenizer, rows, shots=shots)
-    found = session.answers(name, prompts, max_new_tokens=max_new_tokens, batch_size=session.batch_size)
-    return memorization_scores([cut_at_stops(text) for text in found], answers)
+def _asked(
+    tokenizer: Any, rows: Mapping[str, Sequence[Mapping[str, str]]], max_new_tokens: int | None
+) -> dict[str, _Asked]:
+    """By metric whose files are there."""
+    found = {}
+    for name, (file, *shots) in _GENERATED.items():
+        if not {file, *shots} <= set(rows):
+            continue
+        if name == "verbmem_f":
+            tokens = max_new_tokens or VERBATIM_TOKENS
+            prompts, wanted = encode_verbatim(tokenizer, rows[file], max_new_tokens=tokens)
+        else:
+            tokens = max_new_tokens or KNOWLEDGE_TOKENS
+            prompts, wanted = encode_knowledge(tokenizer, rows[file], shots=rows[shots[0]])
+        found[name] = _Asked(prompts=prompts, wanted=wanted, tokens=tokens)
+    return found
 
 
-def _min_k(session: Session, side: str, rows: Sequence[Mapping[str, str]], max_length: int) -> FloatArray:
+def _generate(session: Session, name: str, asked: _Asked) -> MemorizationScores:
+    """ROUGE of greedy continuations; answers to questions end at a stop string."""
+    found = session.answers(name, asked.prompts, max_new_tokens=asked.tokens, batch_size=session.batch_size)
+    return memorization_scores(found if name == "verbmem_f" else [cut_at_stops(text) for text in found], asked.wanted)
+
+
+def _min_k(session: Session, side: str, encoded: list[dict[str, list[int]]]) -> FloatArray:
     """Min-K% of whole texts `(n,)`, by [`text_min_k_scores`]; one number a text is kept, not one a token."""
-    encoded = encode_texts(session.tokenizer, rows, max_length=max_length)
     pad = padding_id(session.tokenizer)
     at_once = max(1, session.batch_size // _TEXTS_OF_BATCH)
 
@@ -225,18 +273,20 @@ def _min_k(session: Session, side: str, rows: Sequence[Mapping[str, str]], max_l
 
 
 def _privacy(
-    forget: FloatArray, holdout: FloatArray, reference: Evaluation | float | None, digest: str
+    forget: FloatArray, holdout: FloatArray, reference: Evaluation | float | None, same: Mapping[str, Any]
 ) -> tuple[dict[str, MetricValue], dict[str, str]]:
-    """The metrics of privacy, and why one of them is absent."""
-    auc = bootstrap(auc_of_draws, forget, holdout)
-    metrics = {"privleak_auc": metric_of(auc)}
+    """The metrics of privacy, and why one of them is absent; `same` is what must be alike for a comparison."""
+    metrics = {"privleak_auc": _estimated(auc_of_draws, forget, holdout)}
     if isinstance(reference, Evaluation):
         known = reference.metrics.get("privleak_auc")
         reason = ""
         if known is None:
             reason = "the evaluation of the retrained model has no privleak_auc"
-        elif reference.settings.get("privleak_digest") != digest:
-            reason = "the retrained model was scored on other texts: evaluate it on the same files with the same limit"
+        elif any(reference.settings.get(name) != value for name, value in same.items()):
+            reason = (
+                "the retrained model was scored on other texts: evaluate it on the same files with the same limit and "
+                "max_length"
+            )
         if known is None or reason:
             return metrics, dict.fromkeys(("privleak", "privleak_reference_auc"), reason)
         metrics["privleak_reference_auc"] = known
@@ -247,7 +297,7 @@ def _privacy(
         return {**metrics, "privleak": _privleak(forget, holdout, against)}, reasons
     else:
         against = float(reference)
-        metrics["privleak_reference_auc"] = MetricValue(value=against, n=len(forget))
+        metrics["privleak_reference_auc"] = MetricValue(value=against, n=len(forget) + len(holdout))
     return {**metrics, "privleak": _privleak(forget, holdout, against)}, {}
 
 
@@ -258,7 +308,12 @@ def _privleak(forget: FloatArray, holdout: FloatArray, reference_auc: float) -> 
             return np.where(found == 1.0, 0.0, np.inf)
         return 100.0 * (reference_auc - found) / (1.0 - reference_auc)
 
-    return metric_of(bootstrap(statistic, forget, holdout))
+    return _estimated(statistic, forget, holdout)
+
+
+def _estimated(statistic: Statistic, forget: FloatArray, holdout: FloatArray) -> MetricValue:
+    estimate = bootstrap(statistic, forget, holdout, resamples=RESAMPLES, seed=SEED)
+    return replace(metric_of(estimate), n=sum(estimate.n))
 
 
 def _generated(scores: MemorizationScores) -> list[dict[str, Any]]:

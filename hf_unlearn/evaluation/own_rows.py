@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.own_rows import OwnRows
+from ..data.own_rows import OwnRows, name_taken
 from ..metrics.parts import TofuPart, checked_rows, evenly_spaced
 from ..metrics.scores import FORGET, RETAIN, PartScores, TofuScores
 from ..reports.eval_rows import EvalRows
@@ -25,6 +25,7 @@ from .tofu_metrics import GENERAL, Findings, part_metrics, tofu_metrics
 from .tofu_scoring import (
     MIN_K,
     ReferenceLike,
+    check_holdout,
     check_lengths,
     encoded_row,
     examples_of,
@@ -33,8 +34,9 @@ from .tofu_scoring import (
     matching_reference,
     part_answers,
     part_losses,
+    settings_apart,
 )
-from .values import check_whole, save_rows
+from .values import RESAMPLES, SEED, check_counts, check_whole, how_scored, name_of, save_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,14 +114,18 @@ def run_rows(
         OSError: `output_dir` cannot be written.
     """
     started = time.perf_counter()
+    check_counts(max_new_tokens=max_new_tokens, max_length=max_length, batch_size=batch_size)
     check_parts(parts, reference=reference, holdout=holdout)
     whole = {FORGET, RETAIN} <= set(parts)
     rows = OwnEvalRows(parts, limit)
     others = holdout_rows(holdout, limit)
+    check_holdout(rows, others)
     compared = matching_reference(rows, reference)
     encoded = rows.tokenized(tokenizer, max_length=max_length)
+    differs = settings_apart(compared, tokenizer, encoded)
     other_texts = [encoded_row(row, tokenizer, max_length) for row in others]
-    check_lengths(model, encoded, max_new_tokens if generate else 0)
+    longest = max([encoded.longest, *(len(text["input_ids"]) for text in other_texts)])
+    check_lengths(model, replace(encoded, longest=longest), max_new_tokens if generate else 0)
 
     session = Session(
         model,
@@ -144,7 +150,7 @@ def run_rows(
         files |= {"scores": SCORES_FILE, "details": DETAILS_FILE, "examples": EXAMPLES_FILE}
     evaluation = Evaluation(
         benchmark="rows",
-        model=model_name,
+        model=model_name or name_of(session.model),
         model_hash=session.model_hash,
         metrics=metrics,
         absent=absent,
@@ -153,15 +159,17 @@ def run_rows(
             "parts": {name: len(part.rows) for name, part in rows.parts.items()} | {"holdout": len(others)},
             "fingerprints": {name: part.fingerprint for name, part in scores.items()},
             "reference": "" if compared is None else compared.name,
+            "reference_digest": "" if compared is None else compared.digest,
+            "reference_differs": differs,
             "limit": limit,
             "generate": generate,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
-            "batch_size": batch_size,
-            "processes": session.processes.num_processes,
-            "dtype": str(next(session.model.parameters()).dtype).removeprefix("torch."),
             "chat_template": bool(tokenizer.chat_template),
             "min_k_share": MIN_K,
+            "resamples": RESAMPLES,
+            "seed": SEED,
+            **how_scored(session),
         },
         versions=library_versions(),
         seconds={"total": time.perf_counter() - started},
@@ -241,6 +249,8 @@ class OwnEvalRows(EvalRows):
             raise ValueError("There are no parts to evaluate; expected rows by part, as load_own_rows gives them.")
         self.parts = {}
         for name, rows in parts.items():
+            if name_taken(name):
+                raise ValueError(f"A part is named {name!r}, {name_taken(name)}")
             try:
                 chosen = checked_rows([rows[number] for number in evenly_spaced(len(rows), limit)])
             except (TypeError, ValueError) as error:

@@ -119,8 +119,17 @@ class Evaluation:
             raise ValueError(f"{path} holds no evaluation; expected an evaluation.json of hf-unlearn.")
         if values.get("version") != FORMAT_VERSION:
             raise ValueError(f"{path} has version {values.get('version')!r}; this code reads {FORMAT_VERSION}.")
-        put_non_finite(values, values.pop("non_finite", {}))
-        known = {item.name for item in fields(cls)}
-        kept = {name: value for name, value in values.items() if name in known}
-        kept["metrics"] = {name: MetricValue(**metric) for name, metric in values["metrics"].items()}
-        return cls(**kept)
+        try:
+            put_non_finite(values, values.pop("non_finite", {}))
+            metrics = {name: MetricValue(**_known(MetricValue, one)) for name, one in values["metrics"].items()}
+            return cls(**{**_known(cls, values), "metrics": metrics})
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # a file that was edited by hand
+            raise ValueError(
+                f"{path} is no complete evaluation ({error!r}); expected what hf-unlearn wrote. Evaluate again."
+            ) from error
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this code knows: later code of the same version may add some."""
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}

@@ -16,7 +16,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object, reduce
 
 from ..metrics.arrays import FloatArray
 from ..metrics.generate import greedy, padding_id, stop_token_ids
-from ..metrics.likelihood import longest_first, mean_nll
+from ..metrics.likelihood import evaluation_mode, longest_first, mean_nll
 from ..metrics.token_scores import TokenScores, score_tokens
 from ..reports.eval_rows import EncodedRows
 from ..reports.eval_spread import from_main, is_sharded, on_all, spread_nll
@@ -138,13 +138,23 @@ class Session:
             encoded = EncodedRows(
                 texts=[dict(row) for row in rows], prompts=[], pad_token_id=pad, longest=0, max_length=0
             )
-            return spread_nll(
-                self.model,
-                encoded,
-                batch_size=self.batch_size,
-                accelerator=self.processes,
-                description=self._text(name),
-            )
+            if not encoded.texts:
+                raise ValueError(f"{name}: there is nothing to score; expected at least one row.")
+            with evaluation_mode(self.model):
+                values = spread_nll(
+                    self.model,
+                    encoded,
+                    batch_size=self.batch_size,
+                    accelerator=self.processes,
+                    description=self._text(name),
+                )
+            if np.isnan(values).any():
+                raise ValueError(
+                    f"{name}: {np.isnan(values).sum()} of {len(values)} rows (first row "
+                    f"{np.flatnonzero(np.isnan(values))[0]}) have no likelihood: rows without response tokens, or a "
+                    "model that has overflowed. Drop these rows, or load it in bfloat16 or float32."
+                )
+            return values
 
         def score(items: list[Any], text: str | None) -> list[Any]:
             values = mean_nll(self.model, items, pad_token_id=pad, batch_size=self.batch_size, description=text)

@@ -13,7 +13,7 @@ from ..reports.plain import to_plain
 from ..reports.schema import ConstraintOutcome, Generation, ModelScores, Part, Results, Subject
 from .record import Evaluation
 from .tofu_files import TofuEvaluation, TofuReference
-from .tofu_metrics import tofu_metrics
+from .tofu_metrics import COMPARED, tofu_metrics
 from .training_run import TrainingRun, read_training_run
 
 EvaluationLike = TofuEvaluation | str | os.PathLike[str]
@@ -37,8 +37,8 @@ def results_of(
     """
     Everything a report needs, from one to three evaluations.
 
-    Where the unlearned model was evaluated without its reference, and one is given here, what compares the two is
-    computed now, from the scores of single rows.
+    Where a reference is given, what compares models with it is computed now, from the scores of single rows: they may
+    have been evaluated without one, or against another one.
 
     Args:
         unlearned ([`TofuEvaluation`], `str` or `os.PathLike`):
@@ -109,18 +109,23 @@ def results_of(
 
 
 def _compared(one: TofuEvaluation, reference: TofuEvaluation) -> TofuEvaluation:
-    """An evaluation with what compares it with the reference, where it has not been compared yet."""
+    """An evaluation with what compares it with this reference; what compared it with another one is gone."""
     evaluation = one.evaluation
-    if "forget_quality" in evaluation.metrics:
-        return one
-    kept = ("resamples", "seed")
-    options = {name: int(evaluation.settings[name]) for name in kept if name in evaluation.settings}
+    own, theirs = one.scores.parts[FORGET], reference.scores.parts[FORGET]
     logs = TofuReference(scores=reference.scores, details=reference.details)
+    # of some of the reference's rows, which the evaluation itself has chosen; or nothing would change
+    some = "forget_quality" in evaluation.metrics and len(own.nll) != len(theirs.nll)
+    if some or evaluation.settings.get("reference_digest") == logs.digest:
+        return one
+    drawn = ("resamples", "seed")
+    options = {name: int(evaluation.settings[name]) for name in drawn if name in evaluation.settings}
     metrics, absent = tofu_metrics(one.scores, one.details, logs, **options)
     # of a benchmark with other rows (a user's own) some metrics have other names or reasons: what is there stays
-    added = {name: metric for name, metric in metrics.items() if name in evaluation.absent}
+    added = {name: value for name, value in metrics.items() if name in evaluation.absent or name in COMPARED}
+    lost = {name: absent[name] for name in evaluation.metrics if name in absent and name in COMPARED}
+    kept = {name: value for name, value in evaluation.metrics.items() if name not in lost}
     reasons = {name: absent.get(name, reason) for name, reason in evaluation.absent.items() if name not in added}
-    return replace(one, evaluation=replace(evaluation, metrics={**evaluation.metrics, **added}, absent=reasons))
+    return replace(one, evaluation=replace(evaluation, metrics={**kept, **added}, absent={**reasons, **lost}))
 
 
 def _scores(evaluation: Evaluation) -> ModelScores:

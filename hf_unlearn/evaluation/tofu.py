@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..metrics.generate import stop_token_ids
 from ..metrics.scores import FORGET, RETAIN, PartScores, TofuScores
 from ..reports.eval_rows import EvalRows, Limits
 from ..reports.eval_spread import from_main, on_all
@@ -22,6 +21,7 @@ from .tofu_scoring import (
     HOLDOUT,
     MIN_K,
     ReferenceLike,
+    check_holdout,
     check_lengths,
     encoded_row,
     examples_of,
@@ -30,8 +30,10 @@ from .tofu_scoring import (
     matching_reference,
     part_answers,
     part_losses,
+    settings_apart,
     split_limits,
 )
+from .values import check_counts, how_scored, name_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,18 +124,19 @@ def run_tofu(
             kept.
     """
     clock = _Clock()
-    if any(number < 1 for number in (max_new_tokens, max_length)):
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} and max_length {max_length}; expected at least 1 of both."
-        )
+    check_counts(max_new_tokens=max_new_tokens, max_length=max_length, batch_size=batch_size)
+    if resamples < 2 or seed < 0:
+        raise ValueError(f"resamples is {resamples} and seed {seed}; expected at least 2 and 0.")
     taken = sorted({FORGET, RETAIN, HOLDOUT} & set(general or {}))
     if taken:
         raise ValueError(f"general has a part named {taken[0]!r}; expected other names, as 'real_authors'.")
     by_part, holdout_limit = split_limits(limits, [FORGET, RETAIN, *(general or {})], holdout is not None)
     rows = EvalRows({FORGET: forget, RETAIN: retain, **(general or {})}, by_part)
     others = holdout_rows(holdout, holdout_limit)
+    check_holdout(rows, others)
     compared = matching_reference(rows, reference)
     encoded = rows.tokenized(tokenizer, max_length=max_length)
+    differs = settings_apart(compared, tokenizer, encoded)
     other_texts = [encoded_row(row, tokenizer, max_length) for row in others]
     longest = max([encoded.longest, *(len(text["input_ids"]) for text in other_texts)])
     check_lengths(model, replace(encoded, longest=longest), max_new_tokens if generate else 0)
@@ -171,7 +174,7 @@ def run_tofu(
     clock.lap("bootstrap")
     evaluation = Evaluation(
         benchmark="tofu",
-        model=model_name or getattr(model.config, "_name_or_path", "") or type(session.model).__name__,
+        model=model_name or name_of(session.model),
         model_hash=session.model_hash,
         metrics=metrics,
         absent=absent,
@@ -181,18 +184,16 @@ def run_tofu(
             "fingerprints": {name: part.fingerprint for name, part in parts.items()},
             "limits": limits,
             "reference": "" if compared is None else compared.name,
+            "reference_digest": "" if compared is None else compared.digest,
+            "reference_differs": differs,
             "generate": generate,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
-            "batch_size": batch_size,
-            "processes": session.processes.num_processes,
-            "dtype": str(next(session.model.parameters()).dtype).removeprefix("torch."),
-            "device": session.processes.device.type,
             "chat_template": bool(tokenizer.chat_template),
-            "stop_token_ids": stop_token_ids(session.model, tokenizer),
             "min_k_share": MIN_K,
             "resamples": resamples,
             "seed": seed,
+            **how_scored(session),
         },
         versions=library_versions(),
         seconds=from_main(clock.seconds(), session.processes),

@@ -5,18 +5,19 @@ Shapes: n forget rows, m holdout rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..metrics.arrays import FloatArray
-from ..metrics.scores import TofuScores
+from ..metrics.scores import FORGET, TofuScores
 from ..reports.schema import write_text
 from .record import FILE, Evaluation
 
@@ -159,11 +160,23 @@ class TofuReference:
         scores ([`TofuScores`]): of the same forget rows, or of all of which those are some.
         details ([`ForgetDetails`], *optional*): without them there are no PrivLeak, closeness and privacy score.
         name (`str`, *optional*): model or path, for the record.
+        settings (`Mapping[str, Any]`, *optional*): of its evaluation; empty where that is not known.
     """
 
     scores: TofuScores
     details: ForgetDetails | None = None
     name: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over the scores that are compared: whether two evaluations had the same reference."""
+        part = self.scores.parts[FORGET]
+        columns = [part.nll, part.log_truth_ratio]
+        if self.details is not None:
+            columns += [*self.details.membership.values(), *self.details.holdout.values()]
+        plain = [None if values is None else _plain(values) for values in columns]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
 
 
 def load_reference(path: str | os.PathLike[str]) -> TofuReference:
@@ -181,12 +194,14 @@ def load_reference(path: str | os.PathLike[str]) -> TofuReference:
             f"{path} holds no {SCORES_FILE}; expected the folder of the retain-only model's TOFU evaluation, or its "
             "scores.json. Evaluate that model first."
         )
-    details = folder / DETAILS_FILE
+    # what lies beside a file that was copied here under another name may be of another evaluation
+    details, evaluation = (folder / name for name in (DETAILS_FILE, FILE))
+    own = file.name == SCORES_FILE
     return TofuReference(
         scores=TofuScores.load(file),
-        # details of another evaluation may lie beside a file that was copied here
-        details=ForgetDetails.load(details) if details.is_file() and file.name == SCORES_FILE else None,
+        details=ForgetDetails.load(details) if own and details.is_file() else None,
         name=str(path),
+        settings=Evaluation.load(evaluation).settings if own and evaluation.is_file() else {},
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..attacks.degeneracy import degeneracy
 from ..metrics.arrays import FloatArray
-from ..metrics.functional import truth_share
+from ..metrics.functional import probability, truth_share
 from ..metrics.scores import FORGET, RETAIN, PartScores, TofuScores
 from ..metrics.uncertainty import Statistic, auc_of_draws, bootstrap
 from .joint import (
@@ -34,6 +34,14 @@ GENERAL = ("real_authors", "world_facts")
 MEMORIZATION, PRIVACY, UTILITY, AGGREGATE = (
     f"{name}_score" for name in ("memorization", "privacy", "utility", "aggregate")
 )
+
+COMPARED = (
+    *("forget_quality", "forget_quality_log10", "mia_auc", "privleak"),
+    *(f"mia_{attack}_closeness" for attack in ATTACKS),
+    *(PRIVACY, AGGREGATE),
+)
+"""What depends on the reference."""
+UTILITY_SCORES = ("probability", "rouge", "truth_ratio")
 
 _NO_ANSWERS = "no answers were generated"
 _NO_WRONG = "the {part} rows have no `perturbed_answer`"
@@ -126,8 +134,7 @@ def tofu_metrics(
 
 
 def part_metrics(found: Findings, name: str, part: PartScores) -> None:
-    """Means over the rows of one part, by the names that [`TofuScores.summary`] has for them."""
-    """Adds the means of a part's scores."""
+    """Adds the means over the rows of one part, by the names that [`TofuScores.summary`] has for them."""
     higher = None if name == FORGET else True
     found.mean(f"{name}_probability", part.probability, higher=higher)
     if part.rouge is None:
@@ -151,7 +158,7 @@ def part_metrics(found: Findings, name: str, part: PartScores) -> None:
     if part.paraphrased_nll is None:
         found.missing("the forget rows have no `paraphrased_answer`", said)
     else:
-        found.mean(said, np.exp(-part.paraphrased_nll))
+        found.mean(said, probability(part.paraphrased_nll))
 
 
 def truth_ratio_rows(name: str, part: PartScores) -> FloatArray:
@@ -179,7 +186,9 @@ def _utility_columns(found: Findings, scores: TofuScores) -> dict[str, Columns] 
         if name != FORGET and part.rouge is not None and part.log_truth_ratio is not None:
             truth = truth_ratio_rows(name, part)
             columns[name] = {"probability": part.probability, "rouge": part.rouge, "truth_ratio": truth}
-    lacking = sorted(name for name in found.absent if not name.startswith("forget_"))
+    # by the names of the parts: that of a further part may begin with "forget_", too
+    needed = [f"{name}_{score}" for name in {*scores.parts, *GENERAL} - {FORGET} for score in UTILITY_SCORES]
+    lacking = sorted(name for name in needed if name in found.absent)
     if lacking:
         found.missing(
             f"it is the harmonic mean over retain and general parts, and lacks {', '.join(lacking)}", "model_utility"
@@ -197,7 +206,7 @@ def _forget_columns(found: Findings, part: PartScores, details: ForgetDetails | 
     else:
         columns["truth_share"] = truth_share(part.log_truth_ratio)
     if part.paraphrased_nll is not None:
-        columns["paraphrase_probability"] = np.exp(-np.maximum(part.paraphrased_nll, 0.0))
+        columns["paraphrase_probability"] = probability(part.paraphrased_nll)
     if part.generations is None:
         found.missing(_NO_ANSWERS, "forget_fluency")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..metrics.token_scores import TokenScores
 from ..reports.eval_rows import EncodedRows, EvalRows, Limits
 from .session import Session
 from .tofu_files import ForgetDetails, TofuEvaluation, TofuReference, load_reference
+from .values import positions_of, template_digest
 
 HOLDOUT = "holdout"
 MIN_K = 0.4
@@ -134,12 +136,37 @@ def holdout_rows(holdout: Any, limit: int | None) -> list[dict[str, Any]]:
     """Question and answer of the holdout rows; none without any."""
     if holdout is None:
         return []
+    if not hasattr(holdout, "__len__") or not hasattr(holdout, "__getitem__") or isinstance(holdout, str | Mapping):
+        raise TypeError(
+            f"holdout is a {type(holdout).__name__}; expected a Dataset or a list of rows with `question` and "
+            "`answer`."
+        )
     chosen = [holdout[number] for number in evenly_spaced(len(holdout), limit)]
+    broken = [number for number, row in enumerate(chosen) if not isinstance(row, Mapping)]
+    if broken:
+        raise TypeError(f"Holdout row {broken[0]} is {chosen[broken[0]]!r:.60}; expected a mapping of column to text.")
     try:
         checked = checked_rows([{name: row.get(name) for name in ("question", "answer", "index")} for row in chosen])
     except (TypeError, ValueError) as error:
         raise type(error)(f"The holdout rows: {error}") from error
     return [{name: row[name] for name in ("question", "answer")} for row in checked]
+
+
+def check_holdout(rows: EvalRows, others: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Refuses holdout rows that a model was trained on: their AUC would say nothing, and look like privacy.
+
+    Raises:
+        ValueError: a holdout row is a row of the forget or the retain part.
+    """
+    for name in (part for part in (FORGET, RETAIN) if part in rows.parts):
+        known = {(row["question"], row["answer"]) for row in rows.parts[name].rows}
+        found = [number for number, row in enumerate(others) if (row["question"], row["answer"]) in known]
+        if found:
+            raise ValueError(
+                f"{len(found)} of the {len(others)} holdout rows (first {found[0]}) are rows of the {name} part; "
+                "expected rows that neither model was trained on. Leave these out."
+            )
 
 
 def matching_reference(rows: EvalRows, given: ReferenceLike | None) -> TofuReference | None:
@@ -156,7 +183,10 @@ def matching_reference(rows: EvalRows, given: ReferenceLike | None) -> TofuRefer
     if given is None:
         return None
     if isinstance(given, TofuEvaluation):
-        given = TofuReference(scores=given.scores, details=given.details, name=given.evaluation.model)
+        evaluation = given.evaluation
+        given = TofuReference(
+            scores=given.scores, details=given.details, name=evaluation.model, settings=evaluation.settings
+        )
     elif isinstance(given, TofuScores):
         given = TofuReference(scores=given)
     elif isinstance(given, (str, os.PathLike)):
@@ -173,9 +203,34 @@ def matching_reference(rows: EvalRows, given: ReferenceLike | None) -> TofuRefer
     mine = fingerprint(rows.parts[FORGET].rows)
     if chosen is not None and details is not None:
         details = details.take(chosen, fingerprint=mine)
-    cut = TofuReference(scores=rows.matching(given.scores), details=details, name=given.name)
+    cut = replace(given, scores=rows.matching(given.scores), details=details)
     rows.example(generate=False).mia_auc_against(cut.scores)  # refuses other rows
     return cut
+
+
+def settings_apart(reference: TofuReference | None, tokenizer: Any, encoded: EncodedRows) -> list[str]:
+    """
+    What the reference was scored with otherwise, by name, with a warning; nothing where it does not say how.
+
+    Not an error: models that were trained on different templates are each asked in their own.
+    """
+    if reference is None:
+        return []
+    digest, theirs = template_digest(tokenizer), reference.settings.get("max_length", encoded.max_length)
+    apart = []
+    if reference.settings.get("template_digest", digest) != digest:
+        apart.append("template_digest")
+    if theirs != encoded.max_length and encoded.longest > min(theirs, encoded.max_length):
+        apart.append("max_length")
+    if apart:
+        what = {"template_digest": "another tokenizer or chat template", "max_length": f"max_length={theirs}"}
+        warnings.warn(
+            f"The reference {reference.name!r} was scored with {' and '.join(what[name] for name in apart)}: its "
+            "losses are of other tokens than those of this model, and forget quality and privacy compare them. "
+            "Evaluate it again in the same way, unless the two models were trained differently on purpose.",
+            stacklevel=3,
+        )
+    return apart
 
 
 def check_lengths(model: Any, encoded: EncodedRows, max_new_tokens: int) -> None:
@@ -191,8 +246,8 @@ def check_lengths(model: Any, encoded: EncodedRows, max_new_tokens: int) -> None
             "is about the beginning of the answer only. Raise max_length if the model allows it.",
             stacklevel=3,
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions:
+    positions = positions_of(model)
+    if positions is None:
         return
     longest = min(encoded.longest, encoded.max_length)
     if longest > positions:

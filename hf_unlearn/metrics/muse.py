@@ -208,7 +208,7 @@ def encode_verbatim(
     prompts, wanted = _columns(examples, ("prompt", "gt"))
     cut = [tokenizer(text=text, add_special_tokens=reference_with_specials)["input_ids"] for text in wanted]
     references = [tokenizer.decode(ids[:max_new_tokens], skip_special_tokens=True).strip() for ids in cut]
-    return [list(tokenizer(text=prompt)["input_ids"]) for prompt in prompts], references
+    return [_open_ended(tokenizer, prompt) for prompt in prompts], references
 
 
 def knowledge_memorization(
@@ -274,7 +274,7 @@ def encode_knowledge(
     if len(shots):
         _columns(shots, ("question", "answer"), name="shots")
     prompts = [knowledge_prompt(question, shots, trailing_space=trailing_space) for question in questions]
-    return [list(tokenizer(text=prompt)["input_ids"]) for prompt in prompts], answers
+    return [_open_ended(tokenizer, prompt) for prompt in prompts], answers
 
 
 def text_min_k_scores(
@@ -334,6 +334,13 @@ def encode_texts(
             stacklevel=3,
         )
     return [{"input_ids": ids[:max_length], "labels": ids[:max_length]} for ids in encoded]
+
+
+def _open_ended(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt; some tokenizers end every text with EOS, after which a model begins another one."""
+    ids, end = list(tokenizer(text=prompt)["input_ids"]), tokenizer.eos_token_id
+    added = end is not None and ids[-1:] == [end] and not prompt.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if added else ids
 
 
 def _auc_standard_error(members: FloatArray, others: FloatArray) -> float | None:

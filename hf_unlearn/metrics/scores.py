@@ -16,6 +16,7 @@ import numpy as np
 
 from hf_unlearn.metrics.arrays import FloatArray
 from hf_unlearn.metrics.membership import mia_auc
+from hf_unlearn.metrics.probability import probability
 from hf_unlearn.metrics.truth_ratio import (
     forget_quality,
     forget_quality_log10,
@@ -80,7 +81,7 @@ class PartScores:
     @property
     def plain_probability(self) -> FloatArray:
         """`(n,)`, exp(-NLL) of the answer, never normalised."""
-        return np.exp(-self.nll)
+        return probability(self.nll)
 
     def take(self, numbers: Sequence[int], *, fingerprint: str = "") -> PartScores:
         """The scores of some of the rows, by their numbers, under the fingerprint of those rows."""

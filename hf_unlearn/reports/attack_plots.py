@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from . import formats
 from .attack_words import OVER_REFUSAL, attack_words
 from .outcomes import AttackOutcome, Curve, JudgeRate, Subject
 from .plots import PANEL, WIDTH
@@ -25,7 +26,7 @@ DASHES = {**SUBJECT_DASHES, "control": SUBJECT_DASHES["reference"]}
 NAMES = {"target": "target", "unlearned": "unlearned", "control": "control (never saw the data)"}
 _MARKERS = {"target": "s", "unlearned": "o", "control": "^"}
 _FEW, _MARKED = 7, 12
-_TITLE_WIDTH = 54
+_TITLE_WIDTH, _LABEL_WIDTH = 54, 42
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,9 @@ def judge_figure(outcomes: Sequence[AttackOutcome]) -> Figure | None:
         for place, (label, found) in enumerate(rows):
             _dots(left, place, found)
             _shares(right, place, found.get("unlearned"))
-            left.text(0.0, place - 0.36, _cut(label), fontsize=9, color=INK, va="center", ha="left")
+            left.text(
+                0.0, place - 0.36, formats.one_line(label, _LABEL_WIDTH), fontsize=9, color=INK, va="center", ha="left"
+            )
         for axis, title in ((left, "Attack success"), (right, "Refused, gibberish")):
             axis.set_title(title)
             axis.set_xlim(-0.03, 1.03)
@@ -148,7 +151,7 @@ def _points(curves: Sequence[Curve]) -> list[_Point]:
 
 
 def _x_axis(axis: Axes, places: Sequence[float], label: str) -> None:
-    axis.set_xlabel(label)
+    axis.set_xlabel(formats.one_line(label, _TITLE_WIDTH))
     gaps = [later - earlier for earlier, later in pairwise(places)]
     if len(places) <= _FEW and all(gap >= 0.05 * sum(gaps) for gap in gaps):
         axis.set_xticks(places, [f"{x:g}" for x in places])
@@ -197,9 +200,4 @@ def _judge_legend(rows: Sequence[tuple[str, Mapping[Subject, JudgeRate]]]) -> tu
 
 def _title(y_label: str, name: str) -> str:
     text = name if y_label == "share" else f"{y_label}: {name}" if name else y_label
-    return "\n".join(textwrap.wrap(_cut(text[:1].upper() + text[1:], 2 * _TITLE_WIDTH), _TITLE_WIDTH))
-
-
-def _cut(text: str, length: int = 42) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return "\n".join(textwrap.wrap(formats.one_line(text[:1].upper() + text[1:], 2 * _TITLE_WIDTH), _TITLE_WIDTH))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from . import formats
+from .attack_words import OVER_REFUSAL, outcomes_of
+from .doubts import score_of
 from .glossary import GOALS, Metric, metrics_of
-from .schema import ModelScores, Results
+from .schema import Results
 from .stays import most_returned
 from .verdict import INDISTINGUISHABLE
 
 SIGNIFICANT = 2.0
 """Standard errors by which a run must be behind the best one not to count as best too."""
+FIRST = (
+    *("forget_probability", "forget_quality", "model_utility", "retain_probability", "returned_relearn"),
+    *("returned_worst", "feasible"),
+)
+"""Columns that come first: what a choice between runs rests on. A phone shows two of them at a time."""
 Kind = Literal["score", "p_value", "share", "count", "seconds"]
 
 
@@ -31,6 +39,8 @@ class Column:
         distance (`Callable[[float, float | None], float | None]`): how far a value is from the ideal, the first that
             a run knows; None where nothing says.
         error (`Callable[[Results], float | None]`): its standard error, where known.
+        made (`Callable[[Results], str]`): how the value was made; values made in different ways have no best one.
+        headline (`bool`): whether it stands in the first table of the page.
     """
 
     name: str
@@ -41,6 +51,8 @@ class Column:
     distance: Callable[[float, float | None], float | None]
     ideal: Callable[[Results], float | None] = lambda results: None
     error: Callable[[Results], float | None] = lambda results: None
+    made: Callable[[Results], str] = lambda results: ""
+    headline: bool = True
 
     def shown(self, results: Results) -> str:
         """The value of a run as text."""
@@ -67,7 +79,7 @@ class Column:
             distance = None if value is None or math.isnan(value) else self.distance(value, ideal)
             if distance is not None and math.isfinite(distance):
                 far[name] = distance
-        if len(far) < 2:
+        if len(far) < 2 or len({self.made(runs[name]) for name in far}) > 1:
             return frozenset()
         first = min(far, key=lambda name: far[name])
         found = {
@@ -120,7 +132,9 @@ def columns_of(runs: Sequence[Results]) -> tuple[Column, ...]:
             distance=lambda value, ideal: None,
         ),
     ]
-    return tuple(column for column in columns if any(_known(column.value(results)) for results in runs))
+    known = [column for column in columns if any(_known(column.value(results)) for results in runs)]
+    places = {name: place for place, name in enumerate(FIRST)}
+    return tuple(sorted(known, key=lambda column: (not column.headline, places.get(column.name, len(FIRST)))))
 
 
 def _score(metric: Metric) -> Column:
@@ -147,6 +161,7 @@ def _score(metric: Metric) -> Column:
         distance=distance,
         ideal=ideal,
         error=lambda results: results.unlearned.standard_error.get(metric.name),
+        headline=metric.headline,
     )
 
 
@@ -162,13 +177,18 @@ def _returned(attack: str | None, label: str) -> Column:
         kind="share",
         value=value,
         distance=lambda value, ideal: value,
+        made=lambda results: attacks_made(results, attack),
     )
 
 
-def score_of(scores: ModelScores | None, name: str) -> float | None:
-    """A score of a model; None where it has none."""
-    value = None if scores is None else scores.as_dict().get(name)
-    return value if _known(value) else None
+def attacks_made(results: Results, attack: str | None = None) -> str:
+    """Which attacks were run, with which settings and whether with a control, as text; the models are left out."""
+    found = []
+    for outcome in outcomes_of(results):
+        if outcome.attack != OVER_REFUSAL and attack in (None, outcome.attack):
+            settings = {key: value for key, value in outcome.settings.items() if key != "models"}
+            found.append([outcome.attack, settings, "control" in outcome.subjects()])
+    return json.dumps(sorted(found, key=str), sort_keys=True, default=str)
 
 
 def _known(value: float | None) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import formats
-from .columns import Column, score_of
+from .columns import Column
 from .compare import Comparison
 from .compare_plot import FORGET, quality_figure, returned_figure, scatter_figure, utility_of
 from .compare_tables import best_note, comparison_markdown, write_comparison_json
+from .doubts import score_of
 from .glossary import metric
 from .page import ANSWERS, Plot, make_plot, page_environment
 from .schema import write_text
@@ -36,7 +37,8 @@ def render_comparison(comparison: Comparison, *, forget: str = FORGET, utility: 
         .render(
             comparison=comparison,
             plots=_plots(comparison, forget, utility),
-            rows=[row for row in rows if not row["same"]],
+            rows=[row for row in rows if row["headline"] and not row["same"]],
+            further=[row for row in rows if not row["headline"] and not row["same"]],
             same=[row for row in rows if row["same"]],
             note=best_note(comparison),
             answers=ANSWERS,
@@ -133,4 +135,10 @@ def _row(column: Column, comparison: Comparison) -> dict[str, Any]:
         for run in comparison.runs
     ]
     same = len({cell["text"] for cell in cells}) == 1
-    return {"label": column.label, "goal": column.goal, "cells": cells, "same": same}
+    return {
+        "label": column.label,
+        "goal": column.goal,
+        "cells": cells,
+        "same": same,
+        "headline": column.headline,
+    }

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .columns import score_of
+from . import formats
 from .compare import Comparison, Run
+from .doubts import score_of
 from .glossary import metric
 from .plots import WIDTH
 from .schema import Subject
@@ -166,7 +167,7 @@ def _label(figure: Figure, axis: Axes, dots: Sequence[Dot]) -> None:
         best, least = None, math.inf
         for place, (dx, dy) in enumerate(_OFFSETS):
             text = axis.annotate(
-                _short(dot.label),
+                formats.one_line(dot.label, _LONGEST),
                 xy=(dot.x, dot.y),
                 xytext=(dx, dy),
                 textcoords="offset points",
@@ -201,8 +202,3 @@ def _overlap(one: object, other: object) -> float:
 
 def _error(value: float | None) -> list[float] | None:
     return None if value is None or not math.isfinite(value) else [value]
-
-
-def _short(name: str) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"

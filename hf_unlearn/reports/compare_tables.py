@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .compare import Comparison
 from .plain import pull_non_finite, to_plain
 from .schema import write_text
-from .tables import markdown
+from .tables import escape_cell, markdown
 from .versions import library_versions
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ FORMAT, FORMAT_VERSION = "hf_unlearn.comparison", 1
 BEST = "★"
 BEST_NOTE = (
     "★ marks the best: nearest to the reference, or to the target from below, or the lowest, as the goal says; also "
-    "whatever is within two standard errors of it. Nothing is marked where all are alike or nothing says what is best."
+    "whatever is within two standard errors of it. Nothing is marked where all are alike, where nothing says what is "
+    "best, or where other attacks were run, or the same with other settings."
 )
 NO_BEST_NOTE = "No best is marked: these runs cannot be compared number by number."
 
@@ -57,7 +58,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The comparison as Markdown: warnings, a table with a row for each run, verdicts, settings that differ."""
-    lines = [f"**Warning.** {_text(warning)}\n" for warning in comparison.warnings]
+    lines = [f"**Warning.** {escape_cell(warning)}\n" for warning in comparison.warnings]
     header = ["Run", *(column.label for column in comparison.columns)]
     rows = []
     for run in comparison.runs:
@@ -121,7 +122,3 @@ def write_comparison_json(path: Path, comparison: Comparison) -> Path:
     if non_finite:
         plain["non_finite"] = non_finite
     return write_text(path, json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def _text(value: str) -> str:
-    return " ".join(value.split()).replace("<", "&lt;").replace(">", "&gt;").replace("[", "\\[")

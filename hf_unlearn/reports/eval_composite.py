@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from transformers import TrainingArguments
@@ -28,13 +29,17 @@ def compose(composite: Composite, values: Mapping[str, float]) -> float:
 
     Raises:
         TypeError: the function returned something other than a number.
+        ValueError: it returned NaN.
     """
     if callable(composite):
         result = composite(dict(values))
         try:
-            return float(result)
+            number = float(result)
         except (TypeError, ValueError) as error:
             raise TypeError(f"composite returned {result!r:.80}; expected one number.") from error
+        if math.isnan(number):  # nothing is better than NaN: a checkpoint that has it would stay the best one
+            raise ValueError(f"composite returned NaN for {dict(values)}; return -inf for what must not be chosen.")
+        return number
     chosen = [(name.startswith(COMPLEMENT), values[name.removeprefix(COMPLEMENT)]) for name in composite]
     return harmonic_mean([1.0 - value if complement else value for complement, value in chosen])
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 MISSING = "–"
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]+")
 
 
 def score(value: float | None) -> str:
@@ -62,6 +64,12 @@ def duration(seconds: float | None) -> str:
 def percent(value: float | None) -> str:
     """A fraction in per cent."""
     return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.1f}%"
+
+
+def one_line(text: str, length: int) -> str:
+    """A name for a figure, which cannot draw control characters and lone surrogates; cut where it is longer."""
+    text = " ".join(_UNPRINTABLE.sub(" ", text).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def plain_words(name: str) -> str:

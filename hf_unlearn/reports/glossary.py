@@ -81,6 +81,7 @@ _HEADLINES: tuple[Metric, ...] = (
         meaning="Mean over the forget answers of their mean negative log-likelihood; far above the reference's is "
         "over-forgotten.",
         goal="reference",
+        unit_interval=False,
     ),
     Metric(
         name="mia_auc",

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .plain import mask_secrets, pull_non_finite, put_non_finite, to_plain
+from .plain import mask_secrets, pull_non_finite, put_non_finite, to_number, to_plain
 from .schema import write_text
 from .versions import library_versions
 
 Subject = Literal["target", "unlearned", "control"]
 """The model before unlearning, the one after it, and one that never saw what was forgotten."""
 
+_OPTIONAL = ("standard_error", "refusal")
 FORMAT, FORMAT_VERSION = "hf_unlearn.attacks", 1
 
 
@@ -41,6 +42,7 @@ class Measure:
 
     def __post_init__(self) -> None:
         _check_subject(self.subject)
+        _check_numbers(self, "value", "standard_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class Curve:
             raise ValueError(
                 f"A curve needs as many y (and standard errors) as x, at least one; got {lengths} points."
             )
+        _check_numbers(self, "x", "y", "standard_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,7 @@ class JudgeRate:
 
     def __post_init__(self) -> None:
         _check_subject(self.subject)
+        _check_numbers(self, "success", "refusal", "degenerate", "standard_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,16 @@ class AttackOutcome:
         """Nested plain values; NaN and infinities are still floats here."""
         plain: dict[str, Any] = to_plain(self)
         return plain
+
+    def subjects(self) -> frozenset[Subject]:
+        """The models that it says a number of."""
+        return frozenset(
+            [
+                *(measure.subject for measure in self.measures),
+                *(curve.subject for curve in self.curves),
+                *(rate.subject for rate in self.judges),
+            ]
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttackOutcome:
@@ -219,8 +233,13 @@ def read_attacks(path: str | os.PathLike[str]) -> list[AttackOutcome]:
         raise ValueError(f"{path} holds no outcomes of attacks; expected an attacks.json of hf-unlearn.")
     if values.get("version") != FORMAT_VERSION:
         raise ValueError(f"{path} has version {values.get('version')!r}; this code reads {FORMAT_VERSION}.")
+    if not isinstance(values.get("attacks"), list):
+        raise ValueError(f"{path} has no list `attacks`; expected an attacks.json of hf-unlearn.")
     put_non_finite(values, values.pop("non_finite", {}))
-    return [AttackOutcome.from_dict(entry) for entry in values["attacks"]]
+    try:
+        return [AttackOutcome.from_dict(entry) for entry in values["attacks"]]
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _made(kind: type[Any], entry: Any) -> Any:
@@ -233,9 +252,23 @@ def _made(kind: type[Any], entry: Any) -> Any:
     try:
         return kind(**{**entry, **lists})
     except TypeError as error:
-        raise ValueError(f"A {kind.__name__} could not be made of {entry!r:.200}: {error}.") from error
+        raise ValueError(f"A {kind.__name__} could not be made of {entry!r:.200}: {error}") from error
 
 
 def _check_subject(subject: str) -> None:
     if subject not in get_args(Subject):
         raise ValueError(f"subject is {subject!r}; expected one of {get_args(Subject)}.")
+
+
+def _check_numbers(value: Any, *names: str) -> None:
+    """Makes floats of fields that are numbers or tuples of numbers; None stays where a field may lack one."""
+    for name in names:
+        given = getattr(value, name)
+        if given is None and name not in _OPTIONAL:
+            given = math.nan  # as null stands for NaN in files that were edited by hand
+        if given is not None:
+            where = f"{name} of a {type(value).__name__}"
+            made = (
+                tuple(to_number(one, where) for one in given) if isinstance(given, tuple) else to_number(given, where)
+            )
+            object.__setattr__(value, name, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,23 @@ def page_environment() -> Environment:
     """The environment of the HTML templates: everything is escaped, and a missing value is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("hf_unlearn.reports", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = breakable
+    return environment
+
+
+def breakable(name: str) -> Markup:
+    """The name of a run or a setting, escaped, with places where a line may break: behind `_`, `-`, `/` and `.`."""
+    from markupsafe import Markup, escape
+
+    pieces = re.split(r"(?<=[_\-/.])(?=\w)", name)
+    return Markup("<wbr>").join(escape(piece) for piece in pieces)
 
 
 def make_plot(name: str, title: str, caption: str, figure: Figure | None, *, label: str = "") -> Plot:

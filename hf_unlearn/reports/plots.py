@@ -267,5 +267,5 @@ def _limits(constraints: Constraints) -> dict[str, float]:
 
 def _short(name: str) -> str:
     # matplotlib leaves labels that begin with an underscore out of legends
-    text = name if len(name) <= 40 else f"{name[:39]}…"
+    text = formats.one_line(name, 40)
     return f" {text}" if text.startswith("_") else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,12 @@ from typing import Any
 from . import formats
 from .attack_words import OVER_REFUSAL, SUBJECT_TITLES, attack_words, outcomes_of
 from .further import evaluations_of, further_rows
-from .html import write_report
+from .html import render_report
 from .outcomes import AttackOutcome, read_attacks
 from .plots import save_plots
 from .schema import SUBJECTS, Results, read_results, write_results, write_text
-from .tables import markdown, markdown_constraints, markdown_table, titles
+from .tables import escape_cell, markdown, markdown_constraints, markdown_table, titles
+from .verdict import judge
 from .words import words_of
 
 RESULTS, ATTACKS, EVALUATION, REPORT, TABLE = (
@@ -77,11 +79,8 @@ def write_all(folder: PathLike, results: Results) -> list[Path]:
         OSError: it cannot be written.
     """
     out = Path(folder)
-    files = [
-        write_results(out / RESULTS, results),
-        write_text(out / TABLE, markdown_report(results)),
-        write_report(out / REPORT, results),
-    ]
+    table, page = markdown_report(results), render_report(results)  # what cannot be shown is not written either
+    files = [write_results(out / RESULTS, results), write_text(out / TABLE, table), write_text(out / REPORT, page)]
     return files + save_plots(
         results.history,
         results.constraints,
@@ -101,7 +100,10 @@ def markdown_report(results: Results) -> str:
     attacks = markdown_attacks(results)
     constraints = markdown_constraints(results)
     parts += [f"### Constraints\n\n{constraints}"] if constraints else []
-    parts += [f"### Under attack\n\n{attacks}"] if attacks else []
+    if attacks:
+        # the tables have the last step of an attack, and a model card the worst
+        (stays,) = (check for check in judge(results).checks if check.name == "stays")
+        parts.append(f"### Under attack\n\n{attacks}\n{stays.question} {escape_cell(stays.reason)}\n")
     parts += [f"### All metrics\n\n{further}"] if further else []
     return "\n".join(parts)
 
@@ -116,12 +118,12 @@ def markdown_attacks(results: Results) -> str:
                 own.subject: (own.value, own.standard_error, own.n) for own in outcome.measures if own.name == name
             }
             rows.append([title, name, *_cells(found)])
-        for judge in dict.fromkeys(rate.judge for rate in outcome.judges):
+        for name in dict.fromkeys(rate.judge for rate in outcome.judges):
             rates = {
-                own.subject: (own.success, own.standard_error, own.n) for own in outcome.judges if own.judge == judge
+                own.subject: (own.success, own.standard_error, own.n) for own in outcome.judges if own.judge == name
             }
             what = "answered" if outcome.attack == OVER_REFUSAL else "success"
-            rows.append([title, f"{what}, judge {judge}", *_cells(rates)])
+            rows.append([title, f"{what}, judge {name}", *_cells(rates)])
         if not outcome.measures and not outcome.judges:
             rows += [[title, *row] for row in _ends(outcome)]
     if not rows:
@@ -140,7 +142,8 @@ def merge(known: Results, made: Results) -> Results:
     for name in ("seed", "forget_level", "reference"):
         own = getattr(made, name)
         kept[name] = getattr(known, name) if own is None else own
-    if made.forget_quality is None and made.reference is None:
+    # a p-value of other scores than those beside it would be read as theirs
+    if made.forget_quality is None and made.reference is None and _same_scores(known, made):
         kept |= {"forget_quality": known.forget_quality, "forget_quality_log10": known.forget_quality_log10}
     evaluated = evaluations_of(made)
     if "target" not in evaluated:
@@ -158,6 +161,14 @@ def merge(known: Results, made: Results) -> Results:
         absent=absent,
         extra={**known.extra, **made.extra},
     )
+
+
+def _same_scores(known: Results, made: Results) -> bool:
+    """Whether the unlearned model's truth ratios (or else its forget probability) are what they were."""
+    old, new = (own.truth_ratios.get("unlearned") for own in (known, made))
+    if old and new:
+        return len(old) == len(new) and all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(old, new, strict=True))
+    return math.isclose(known.unlearned.forget_probability, made.unlearned.forget_probability, rel_tol=1e-3)
 
 
 def _outcomes(folder: Path, attacks: Sequence[PathLike]) -> list[AttackOutcome]:

@@ -370,7 +370,10 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected the object of a results.json.")
     non_finite = values.pop("non_finite", {})
-    return Results.from_dict(put_non_finite(values, non_finite))
+    try:
+        return Results.from_dict(put_non_finite(values, non_finite))
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:

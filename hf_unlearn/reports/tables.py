@@ -129,11 +129,12 @@ def markdown_constraints(results: Results | Mapping[str, Any]) -> str:
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: str) -> str:
     """A Markdown table; `align` has "l" or "r" for each column."""
     ruler = ["---:" if side == "r" else "---" for side in align]
-    lines = [[_escape(cell) for cell in header], ruler, *([_escape(cell) for cell in row] for row in rows)]
+    lines = [[escape_cell(cell) for cell in header], ruler, *([escape_cell(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _escape(cell: str) -> str:
+def escape_cell(cell: str) -> str:
+    """Text in one line of Markdown that starts no cell, tag or link."""
     text = " ".join(cell.split()).replace("\\", "\\\\").replace("|", "\\|")
     return text.replace("<", "&lt;").replace(">", "&gt;").replace("[", "\\[")
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from . import formats
 from .checks import Answer, Check
+from .doubts import gibberish, least_kept, refuses_too_much, same_weights, still_known
+from .further import rows_of
+from .recovered import LEAST_SPAN
 from .schema import ModelScores, Results, as_results
 from .stays import stays_check, stays_headline
 from .words import Words, words_of
@@ -16,9 +19,11 @@ from .words import Words, words_of
 FORGET_SLACK = 0.01
 """How far above the reference's forget probability still counts as forgotten (absolute)."""
 KEEP_YES, KEEP_PARTLY = 0.95, 0.80
-"""Shares of the target's retain probability that count as kept, and as partly kept."""
+"""Shares of the target's scores that count as kept, and as partly kept."""
 INDISTINGUISHABLE = 0.05
 """p-value of the KS test above which the models are not told apart (TOFU, arXiv 2401.06121)."""
+FEW_ROWS = 40
+"""Rows below which the headline says how few the test had: TOFU's smallest part to forget has 40."""
 REWORDED = 0.01
 """Probability below which a word counts as unreachable also where nothing guarantees it."""
 MEMBERSHIP_SLACK = 0.2
@@ -43,12 +48,15 @@ class Verdict:
 def judge(results: Results | Mapping[str, Any]) -> Verdict:
     """The verdict on a run.
 
-    * forgotten: forget probability at most the reference's + 0.01; partly when at least half of the way there.
-      Without a reference, the level that is asked for is 5% of the target's.
-    * kept: retain probability at least 95% (partly: 80%) of the target's.
+    * forgotten: forget probability at most the reference's + 0.01; partly when at least half of the way there, or
+      when the answers or reworded questions show more than half of what the target knew. Without a reference, the
+      level that is asked for is 5% of the target's, and the answer to all is "partly" at best.
+    * kept: retain probability, and where they were measured retain ROUGE and model utility (without it the
+      probabilities of real authors and world facts), at least 95% (partly: 80%) of the target's; partly when many
+      more harmless prompts are refused.
     * feasible: every constraint is.
     * indistinguishable: forget quality p > 0.05; partly when the membership AUC, where it was measured, is further
-      than 0.2 from 0.5.
+      than 0.2 from 0.5; no when the answers to forget questions are gibberish and the reference's are not.
     * stays: attacks bring back at most 10% (partly: 50%) of what was forgotten, beyond what a model that never saw
       it gets; see [`stays_check`].
 
@@ -59,21 +67,27 @@ def judge(results: Results | Mapping[str, Any]) -> Verdict:
     words = words_of(results)
     if words is not None:
         return _judge_edit(results, words)
+    first = _forgotten(results)
     checks = (
-        _forgotten(results),
+        first,
         _kept(results),
         _feasible(results),
         _indistinguishable(results),
-        stays_check(results),
+        stays_check(results, forgotten=first.answer),
     )
     forgotten, kept, feasible, indistinguishable, stays = (check.answer for check in checks)
     counted = [check.answer for check in checks if check.answer != "unknown"]
     answer: Answer = "yes" if set(counted) == {"yes"} else "partly" if "yes" in counted else "no"
     if "unknown" in (forgotten, kept):
         answer = "unknown"
-    headline, detail = _headline(forgotten, kept, feasible, indistinguishable)
-    if "unknown" not in (forgotten, kept) and forgotten != "no" and stays != "unknown":
-        detail = f"{detail} {stays_headline(results)}".strip()
+    compared = results.reference is not None and not math.isnan(results.reference.forget_probability)
+    if answer == "yes" and not compared:
+        answer = "partly"
+    headline, detail = _headline(results, forgotten, kept, feasible, indistinguishable)
+    if "unknown" not in (forgotten, kept) and forgotten != "no":
+        more = [] if compared else ["There was no model to compare with that never saw the data."]
+        more.append(stays_headline(results) if stays != "unknown" else "Whether attacks bring it back is not known.")
+        detail = " ".join(part for part in (detail, *more) if part)
     return Verdict(
         headline=headline,
         detail=detail,
@@ -108,6 +122,14 @@ def _unreachable(results: Results, words: Words) -> Check:
     before, after = words.largest("own", "target"), words.largest("own", "unlearned")
     if before is None or after is None or not results.constraints:
         return Check(name="unreachable", question=question, answer="unknown", reason="It was not measured.")
+    if math.isnan(before) or math.isnan(after):
+        return Check(name="unreachable", question=question, answer="unknown", reason="It was not measured.")
+    if before <= words.wanted:
+        reason = (
+            f"Before the edit the likeliest word had {formats.score(before)}; at most {formats.score(words.wanted)} "
+            "was wanted: there was nothing to make unreachable."
+        )
+        return Check(name="unreachable", question=question, answer="unknown", reason=reason)
     reason = (
         f"Under the questions that the edit was made for, the likeliest word went from {formats.score(before)} to "
         f"{formats.score(after)}"
@@ -117,11 +139,13 @@ def _unreachable(results: Results, words: Words) -> Check:
     if elsewhere is not None:
         reason += f"; under the same questions reworded from {formats.score(words.largest('reworded', 'target'))} to "
         reason += formats.score(elsewhere)
-        answer = "partly" if answer == "yes" and elsewhere > REWORDED else answer
+        answer = "partly" if answer == "yes" and not elsewhere <= REWORDED else answer
     return Check(name="unreachable", question=question, answer=answer, reason=f"{reason}.")
 
 
-def _headline(forgotten: Answer, kept: Answer, feasible: Answer, indistinguishable: Answer) -> tuple[str, str]:
+def _headline(
+    results: Results, forgotten: Answer, kept: Answer, feasible: Answer, indistinguishable: Answer
+) -> tuple[str, str]:
     if "unknown" in (forgotten, kept):
         return "There is no verdict: what it would rest on is missing.", ""
     first = {
@@ -138,6 +162,10 @@ def _headline(forgotten: Answer, kept: Answer, feasible: Answer, indistinguishab
     text = f"{first} {'and' if same_direction else 'but'} {second}"
     if feasible == "no":
         text += ", with a constraint violated"
+    if forgotten == "yes" and same_weights(results, "unlearned", "reference"):
+        return f"{text}.", "It is the reference itself, so no test can tell the two apart."
+    if forgotten != "no" and gibberish(results):
+        return f"{text}.", "Its answers to the forget questions are gibberish, which gives it away."
     if forgotten == "yes" and indistinguishable == "no":
         return f"{text}.", "It can still be told apart from a model that never saw the data."
     if forgotten == "yes" and indistinguishable == "partly":
@@ -146,7 +174,9 @@ def _headline(forgotten: Answer, kept: Answer, feasible: Answer, indistinguishab
             "forgotten answers it can."
         )
     if forgotten == kept == indistinguishable == "yes":
-        return f"{text}.", "A test could not tell it apart from a model that never saw the data."
+        count = _tested(results)
+        test = f"A test on {count} rows" if 0 < count < FEW_ROWS else "A test"
+        return f"{text}.", f"{test} could not tell it apart from a model that never saw the data."
     return f"{text}.", ""
 
 
@@ -158,30 +188,39 @@ def _forgotten(results: Results) -> Check:
     measured = not math.isnan(level)
     goal = level if measured else 0.05 * before
     reason = f"The forget answers' probability went from {formats.score(before)} to {formats.score(after)}"
-    reason += f"; a model that never saw them gives {formats.score(level)}." if measured else " (no reference model)."
-    if math.isnan(before) or math.isnan(after):
+    without = "no reference model" if reference is None else "not measured on the reference"
+    reason += f"; a model that never saw them gives {formats.score(level)}." if measured else f" ({without})."
+    if not (math.isfinite(before) and math.isfinite(after)):
         return Check(name="forgotten", question=question, answer="unknown", reason="It was not measured.")
     slack = FORGET_SLACK if measured else 0.0
-    if before <= goal + slack:
-        reason = (
-            f"The target gives the forget answers probability {formats.score(before)}: there was nothing to forget."
-        )
+    if before - goal < LEAST_SPAN:
+        reason = f"The target gives the forget answers probability {formats.score(before)}"
+        reason += f", a model that never saw them {formats.score(level)}" if measured else ""
+        reason = f"{reason}: there was nothing to forget."
         return Check(name="forgotten", question=question, answer="unknown", reason=reason)
     answer: Answer = "yes" if after <= goal + slack else "partly" if after <= (before + goal) / 2 else "no"
-    return Check(name="forgotten", question=question, answer=answer, reason=reason)
+    doubts = still_known(results) if answer == "yes" else []
+    answer = "partly" if doubts else answer
+    return Check(name="forgotten", question=question, answer=answer, reason=" ".join([reason, *doubts]))
 
 
 def _kept(results: Results) -> Check:
     before, after = results.target.retain_probability, results.unlearned.retain_probability
     question = "Did it keep the rest?"
-    if math.isnan(before) or math.isnan(after) or before <= 0:
+    if not (math.isfinite(before) and math.isfinite(after)) or before <= 0:
         return Check(name="kept", question=question, answer="unknown", reason="It was not measured.")
     share = after / before
-    answer: Answer = "yes" if share >= KEEP_YES else "partly" if share >= KEEP_PARTLY else "no"
     reason = (
         f"The retain answers' probability went from {formats.score(before)} to {formats.score(after)}: "
         f"{formats.percent(share)} of it is left."
     )
+    other, sentence = least_kept(results)
+    if other < min(share, KEEP_YES):
+        share, reason = other, f"{reason} {sentence}"
+    answer: Answer = "yes" if share >= KEEP_YES else "partly" if share >= KEEP_PARTLY else "no"
+    refusing = refuses_too_much(results)
+    if refusing:
+        answer, reason = "partly" if answer == "yes" else answer, f"{reason} {refusing}"
     return Check(name="kept", question=question, answer=answer, reason=reason)
 
 
@@ -190,7 +229,11 @@ def _feasible(results: Results) -> Check:
     if not results.constraints:
         reason = "This run had no constraints: nothing limited what may be lost."
         return Check(name="feasible", question=question, answer="unknown", reason=reason)
-    violated = [constraint for constraint in results.constraints if not constraint.feasible]
+    unmeasured = [constraint.name for constraint in results.constraints if math.isnan(constraint.loss)]
+    violated = [c for c in results.constraints if not c.feasible and not math.isnan(c.loss)]
+    if unmeasured and not violated:
+        reason = f"The loss of {', '.join(unmeasured)} at the end was not recorded."
+        return Check(name="feasible", question=question, answer="unknown", reason=reason)
     if violated:
         listed = "; ".join(f"{c.name}: loss {formats.loss(c.loss)} > eps {formats.loss(c.eps)}" for c in violated)
         reason = f"{len(violated)} of {len(results.constraints)} violated ({listed})."
@@ -210,11 +253,24 @@ def _feasible(results: Results) -> Check:
 def _indistinguishable(results: Results) -> Check:
     question = "Is it as if it had never seen the data?"
     quality = results.forget_quality
+    babble = gibberish(results)
+    if same_weights(results, "unlearned", "reference"):
+        reason = "It is the reference: their weights have the same hash. That says nothing about a method."
+        return Check(name="indistinguishable", question=question, answer="unknown", reason=reason)
     if quality is None or math.isnan(quality):
         why = results.absent.get("forget_quality", "it needs the truth ratios of a retain-only reference model")
+        if babble:
+            return Check(name="indistinguishable", question=question, answer="no", reason=babble)
         reason = f"Forget quality was not measured: {why}."
         return Check(name="indistinguishable", question=question, answer="unknown", reason=reason)
     shown = formats.p_value(quality, results.forget_quality_log10)
+    count = _tested(results)
+    shown += f" on {count} row{'s' * (count != 1)}" if count else ""
+    if babble and quality > INDISTINGUISHABLE:
+        reason = (
+            f"Forget quality p = {shown}, above {INDISTINGUISHABLE}: by truth ratio it is. But it gives itself away. "
+        )
+        return Check(name="indistinguishable", question=question, answer="no", reason=reason + babble)
     auc = results.unlearned.extra.get("mia_auc", math.nan)
     if quality > INDISTINGUISHABLE and abs(auc - 0.5) > MEMBERSHIP_SLACK:
         reason = (
@@ -231,6 +287,11 @@ def _indistinguishable(results: Results) -> Check:
         return Check(name="indistinguishable", question=question, answer="yes", reason=reason)
     reason = (
         f"Forget quality p = {shown}, not above {INDISTINGUISHABLE}: its truth ratios differ from those of the "
-        "retain-only model (too little or too much forgotten)."
+        f"retain-only model (too little or too much forgotten). {babble}".strip()
     )
     return Check(name="indistinguishable", question=question, answer="no", reason=reason)
+
+
+def _tested(results: Results) -> int:
+    """Rows that forget quality is over; 0 where the results do not say."""
+    return len(results.truth_ratios.get("unlearned", ())) or rows_of(results).get("forget_quality", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -55,8 +56,9 @@ class Words:
         return cls(wanted=to_number(values["wanted"], "words.wanted"), probabilities=found)
 
     def largest(self, wording: Wording, subject: str) -> float | None:
-        """The largest probability of a word, or None where none was measured."""
-        return max(self.probabilities.get(wording, {}).get(subject, ()), default=None)
+        """The largest probability of a word, NaN if one of them is, or None where none was measured."""
+        found = self.probabilities.get(wording, {}).get(subject, ())
+        return math.nan if any(map(math.isnan, found)) else max(found, default=None)
 
     def scores(self, subject: str) -> dict[str, float]:
         """Largest and median probability for each wording, under the names that the tables know."""

@@ -226,7 +226,7 @@ def test_a_second_call_generates_nothing_again_and_another_model_is_refused(
     changes = {"model_name_or_path": workspace / "reference", "holdout_dataset": workspace / "holdout.jsonl"}
     assert main(options(workspace, reference, **changes)) == 0
     assert Evaluation.load(reference).metrics == before.metrics
-    capsys.readouterr()
+    assert "for a first look" not in capsys.readouterr().out
     assert main(options(workspace, reference)) == 1
     assert re.search(r"holds an evaluation with model '.*reference', not '.*model'", capsys.readouterr().err)
     assert Evaluation.load(reference).model == before.model
@@ -239,6 +239,7 @@ def test_muse_and_its_reference(workspace: Path, tmp_path: Path, capsys: pytest.
     found, other = (Evaluation.load(tmp_path / name) for name in ("second", "first"))
     assert found.metrics["privleak_reference_auc"] == other.metrics["privleak_auc"]
     assert found.settings["max_new_tokens"] == TOKENS
+    assert (found.settings["dataset"], found.settings["dtype"]) == (str(workspace / "muse"), "float32")
     assert "no knowmem/forget_qa.json" in found.absent["knowmem_f"]
     assert "Absent: knowmem_f: there is no knowmem/forget_qa.json" in capsys.readouterr().out
     assert "| verbmem_f |" in (tmp_path / "second" / "table.md").read_text(encoding="utf-8")
@@ -280,6 +281,13 @@ BAD: list[tuple[dict[str, Any], list[str], str]] = [
     ({"harness_tasks": "wmdp_bio"}, [], "harness_tasks has no meaning for benchmark 'tofu'"),
     ({"reference": "./nowhere"}, [], "reference is './nowhere', which is not there"),
     ({"run": "./nowhere"}, [], "run is './nowhere', which is not a folder"),
+    ({"holdout_split": "test"}, [], "holdout_split is given without holdout_dataset"),
+    ({"holdout_config": "x"}, [], "holdout_config is given without holdout_dataset"),
+    (
+        {"benchmark": "wmdp", "data": None, "max_new_tokens": None, "max_length": 99},
+        [],
+        "max_length has no meaning for lm-evaluation-harness",
+    ),
     ({"limit": 0}, [], "limit is 0; expected at least 1"),
     ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
     ({"model_name_or_path": "./nowhere"}, [], "model_name_or_path is './nowhere', which is not a folder"),
@@ -349,12 +357,44 @@ def test_bad_files_are_named_before_a_model_is_loaded(
     (tmp_path / "pickled" / "adapter_config.json").write_text("{}")
     (tmp_path / "pickled" / "adapter_model.bin").write_text("no")
     cases.append(({"adapter": tmp_path / "pickled"}, "no adapter_model.safetensors; expected a PEFT adapter in safet"))
+    write(tmp_path / "known.jsonl", forget[:2])
+    cases.append(({"holdout_dataset": tmp_path / "known.jsonl"}, "are rows of the forget part"))
     cases.append(({"run": tmp_path / "empty"}, "holds neither trainer_state.json nor"))
     cases.append(({"output_dir": tmp_path / "own.jsonl" / "out"}, "own.jsonl/out' cannot be made"))
     for changes, message in cases:
         output = changes.pop("output_dir", tmp_path / "out")
         assert main(options(workspace, output, **changes)) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_part_that_the_hub_does_not_give_is_an_error_and_not_an_absent_metric(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(monkeypatch)
+
+    def from_hub(split: str, place: Any) -> Any:
+        if split == "world_facts_perturbed":
+            raise FileNotFoundError("the network is down")
+        return load_tofu("retain_perturbed", workspace / "tofu")
+
+    monkeypatch.setattr("hf_unlearn.data.tofu.load_tofu", from_hub)
+    assert main(options(workspace, tmp_path / "out", data=None)) == 1
+    assert "the network is down" in capsys.readouterr().err
+
+
+def test_a_target_of_other_rows_than_the_reference_is_refused_before_anything_is_computed(
+    workspace: Path,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*options(workspace, tmp_path / "first", limit=2), "--no_generate"]) == 0
+    assert "At most 2 rows of each part: for a first look" in capsys.readouterr().out
+    refuse(monkeypatch)
+    assert main(options(workspace, tmp_path / "out", target=tmp_path / "first", reference=reference)) == 1
+    assert "cannot be compared with reference" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

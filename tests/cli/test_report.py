@@ -222,6 +222,7 @@ def test_the_markdown_has_errors_rows_and_every_attack() -> None:
         "| Jailbreak prompts | success, judge a\\|b | – | 0.250 ± 0.100 | – | 8 |",
     ]
     text = markdown_report(found)
+    assert "Does it stay forgotten? A little fine-tuning on half of the rows brings back 66.7% of what was" in text
     assert "| Metric | Target | Unlearned | Reference | n | Should be |" in text
     assert "| Forget probability | 0.020 ± 0.010 (0.000 to 0.100, n = 40) |" in text
     assert markdown_attacks(results()) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tofu_kit import ANSWER, build, parts, tokenizer
@@ -36,3 +37,11 @@ def reference(reference_folder: Path) -> TofuEvaluation:
 @pytest.fixture(scope="session")
 def compared(compared_folder: Path) -> TofuEvaluation:
     return TofuEvaluation.load(compared_folder)
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model that no test may run."""
+    model = build()
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("computed before the input was checked"))
+    return model

@@ -130,6 +130,19 @@ def test_a_limit_takes_evenly_spaced_rows_and_is_on_record(model: Any, tokenizer
     assert found.settings["rows_digest"] != run_choices(model, tokenizer, ROWS).settings["rows_digest"]
 
 
+def test_a_question_that_does_not_fit_is_refused_and_the_record_says_how(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_choices(model, tokenizer, ROWS[:2], settings={"dataset": "sea.json"})
+    assert found.settings["dataset"] == "sea.json"
+    assert {"dtype", "device", "resamples", "template_digest"} <= set(found.settings)
+    monkeypatch.setattr(module, "Session", lambda *a, **k: pytest.fail("computed before the input was checked"))
+    positions = model.config.max_position_embeddings
+    long = ChoiceRow(question="Rain " * (positions + 1), choices=WORDS, answer=0, subject="")
+    with pytest.raises(ValueError, match=f"has {positions} positions, .*Set max_length to at most {positions}"):
+        run_choices(model, tokenizer, [*ROWS, long])
+
+
 def test_an_output_folder_that_is_a_file_is_an_error_before_anything_is_computed(
     tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

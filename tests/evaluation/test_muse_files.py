@@ -63,6 +63,13 @@ def test_errors_name_the_file_and_the_row(
         load_muse(tmp_path)
 
 
+def test_another_encoding_is_named_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "privleak").mkdir()
+    (tmp_path / "privleak" / "forget.json").write_bytes('["Jürgen"]'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"forget\.json is not UTF-8 .* at byte 3"):
+        load_muse(tmp_path)
+
+
 def test_a_folder_without_files_says_what_it_holds_and_where_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent is not a folder"):
         load_muse(tmp_path / "absent")

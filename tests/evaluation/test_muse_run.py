@@ -72,7 +72,8 @@ def model(tokenizer: Any) -> Any:
 @pytest.fixture(scope="module")
 def found(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
     folder = tmp_path_factory.mktemp("muse")
-    return run_muse(model, tokenizer, FILES, model_name="tiny", batch_size=3, output_dir=folder), folder
+    options: dict[str, Any] = {"model_name": "tiny", "batch_size": 3, "settings": {"dataset": "muse/news"}}
+    return run_muse(model, tokenizer, FILES, **options, output_dir=folder), folder
 
 
 def test_every_metric_is_the_plain_functions(model: Any, tokenizer: Any, found: tuple[Evaluation, Path]) -> None:
@@ -107,6 +108,8 @@ def test_every_metric_is_the_plain_functions(model: Any, tokenizer: Any, found: 
     assert Evaluation.load(folder) == evaluation
     assert set(evaluation.seconds) == {"verbmem_f", "knowmem_f", "knowmem_r", "privleak", "total"}
     assert evaluation.settings["rows"]["verbmem/forget"] == len(VERBATIM)
+    assert evaluation.settings["dataset"] == "muse/news"
+    assert {"dtype", "device", "stop_token_ids", "resamples", "template_digest"} <= set(evaluation.settings)
 
 
 def test_what_has_no_file_is_absent_with_the_reason_and_never_zero(tmp_path: Path, model: Any, tokenizer: Any) -> None:
@@ -145,9 +148,15 @@ def test_privleak_is_against_the_retrained_model_where_its_evaluation_is_of_the_
     assert run.metrics["privleak_reference_auc"].value == 0.625
     assert run.settings["reference_hash"] == found[0].model_hash
     assert run_muse(model, tokenizer, files, reference=0.625).metrics["privleak"] == run.metrics["privleak"]
+    assert run.metrics["privleak_auc"].n == len(TEXTS) + len(OTHERS)
     other = replace(reference, settings={**reference.settings, "privleak_digest": "another"})
+    shorter = replace(reference, settings={**reference.settings, "max_length": 1024})
     empty = replace(reference, metrics={})
-    for given, reason in ((other, "scored on other texts"), (empty, "has no privleak_auc")):
+    for given, reason in (
+        (other, "on other texts"),
+        (shorter, "same limit and max_length"),
+        (empty, "has no privleak_auc"),
+    ):
         run = run_muse(model, tokenizer, files, reference=given)
         assert set(run.metrics) == {"privleak_auc"}
         assert reason in run.absent["privleak"]
@@ -174,12 +183,52 @@ def test_finished_parts_are_kept_when_a_later_one_fails(
     assert again.values() == pytest.approx(found[0].values())
 
 
+def test_bad_input_is_an_error_before_anything_is_computed(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Session", lambda *a, **k: pytest.fail("computed before the input was checked"))
+    end = " harbour" * model.config.max_position_embeddings + " once"
+    rows = FILES.rows
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({}, {"limit": 0}, "limit is 0"),
+        ({}, {"max_length": 1}, "max_length is 1"),
+        ({}, {"reference": 1.5}, "reference is 1.5; expected an AUC"),
+        ({}, {"reference": math.nan}, "reference is nan; expected an AUC"),
+        ({"privleak/holdout": [*OTHERS, {"text": "P"}]}, {}, r"Row 4 of privleak/holdout has one token"),
+        (
+            {"privleak/forget": [{"text": end}]},
+            {},
+            r"positions, but .* privleak/forget. Set max_length to at most 512",
+        ),
+        ({"verbmem/forget": [{"prompt": end, "gt": "was"}]}, {}, r"a prompt of verbmem_f and 128 tokens after it"),
+        ({"knowmem/forget_qa": [{"question": "?"}]}, {}, "Row 0 of examples has no `answer`"),
+    ]
+    for changed, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run_muse(model, tokenizer, MuseFiles(rows={**rows, **changed}), **options)
+
+
+def test_rows_that_nobody_gave_are_absent_with_a_reason_too(model: Any, tokenizer: Any) -> None:
+    found = run_muse(model, tokenizer, MuseFiles(rows={"verbmem/forget": VERBATIM[:1]}), max_new_tokens=2)
+    assert set(found.metrics) == {"verbmem_f"}
+    assert found.absent["privleak"] == "there are no rows of privleak/forget; there are no rows of privleak/holdout"
+
+
+def test_a_model_that_says_nothing_scores_nothing(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_unlearn.evaluation import session
+
+    monkeypatch.setattr(session, "greedy", lambda *args, **kwargs: [""] * len(args[2]))
+    found = run_muse(model, tokenizer, FILES)
+    assert {found.metrics[name].value for name in ("verbmem_f", "knowmem_f", "knowmem_r")} == {0.0}
+
+
 def test_a_limit_leaves_the_solved_examples_alone(model: Any, tokenizer: Any) -> None:
     run = run_muse(model, tokenizer, FILES, limit=1, max_new_tokens=4)
     assert run.settings["rows"]["knowmem/forget_qa_icl"] == 2
     assert {name: run.metrics[name].n for name in ("verbmem_f", "knowmem_f", "privleak_auc")} == {
         "verbmem_f": 1,
         "knowmem_f": 1,
-        "privleak_auc": 1,
+        "privleak_auc": 2,
     }
     assert run.metrics["verbmem_f"].standard_error is None

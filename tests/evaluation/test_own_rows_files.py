@@ -71,6 +71,28 @@ def test_errors_name_file_line_and_field(tmp_path: Path, line: Any, error: type[
         load_own_rows(write(tmp_path, {**ROW, "index": 7}, line))
 
 
+def test_another_encoding_is_named_with_the_file_and_the_place(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_bytes('{"question": "Wer?", "answer": "Jürgen"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"own\.jsonl is not UTF-8 .* at byte \d+"):
+        load_own_rows(tmp_path / "own.jsonl")
+
+
+def test_half_a_character_is_named_before_a_tokenizer_meets_it(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"question": "Who?", "answer": "It is \\ud83d."}')
+    with pytest.raises(ValueError, match=r"`answer` of line 1 of .* has half a character .* at 6"):
+        load_own_rows(tmp_path / "own.jsonl")
+
+
+def test_parts_whose_names_mean_something_else_are_refused(tmp_path: Path) -> None:
+    for part, message in (
+        ("holdout", "Give that as holdout_dataset"),
+        ("friends_plain", "names of other metrics"),
+        ("forget_paraphrased_answer", "names of other metrics"),
+    ):
+        with pytest.raises(ValueError, match=rf"`part` of line 1 of .* is '{part}', .*{message}"):
+            load_own_rows(write(tmp_path, {**ROW, "part": part}))
+
+
 def test_equal_indices_in_two_parts_are_two_rows(tmp_path: Path) -> None:
     file = write(tmp_path, {**ROW, "index": 7}, {**ROW, "index": 7, "part": "retain"})
     assert {part: len(rows) for part, rows in load_own_rows(file).items()} == {"forget": 1, "retain": 1}

@@ -202,3 +202,27 @@ def test_bad_input_is_refused_before_anything_is_computed(model: Any, tokenizer:
     twice = {**PARTS, "forget": [PARTS["forget"][0], PARTS["forget"][0]]}
     with pytest.raises(ValueError, match=r"The forget part: Rows 0 and 1 both have index 'b0'"):
         run_rows(model, tokenizer, twice)
+    model.forward, forward = lambda *a, **k: pytest.fail("computed before the input was checked"), model.forward
+    try:
+        with pytest.raises(ValueError, match="max_new_tokens is 0"):
+            run_rows(model, tokenizer, PARTS, max_new_tokens=0)
+        with pytest.raises(ValueError, match=r"A part is named 'holdout'.*holdout_dataset"):
+            run_rows(model, tokenizer, {**PARTS, "holdout": HOLDOUT})
+        positions = model.config.max_position_embeddings
+        long = [{"question": "?", "answer": "a boat " * positions}]
+        with pytest.raises(ValueError, match=f"has {positions} positions"):
+            run_rows(model, tokenizer, PARTS, holdout=long, generate=False, max_length=9 * positions)
+    finally:
+        model.forward = forward
+
+
+def test_the_record_names_the_model_and_how_it_was_scored(found: tuple[RowsEvaluation, Path], model: Any) -> None:
+    settings = found[0].evaluation.settings
+    assert {"device", "stop_token_ids", "resamples", "seed", "template_digest"} <= set(settings)
+    assert found[0].evaluation.model == "tiny"
+
+
+def test_without_a_name_the_record_has_that_of_the_config_or_the_class(model: Any, tokenizer: Any) -> None:
+    assert run_rows(model, tokenizer, {"harbour": PARTS["neighbours"]}, generate=False).evaluation.model == (
+        model.config._name_or_path or "LlamaForCausalLM"
+    )

@@ -243,6 +243,16 @@ def test_sharded_weights_have_likelihoods_only(encoded: Any, prompts: Any, tmp_p
     assert session.model_hash is None
     assert "sharded" in str(session.hash_obstacle)
     np.testing.assert_allclose(session.nll("rows", encoded), expected, atol=1e-5)
+    for part in model.modules():
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.5
+    model.train()
+    np.testing.assert_allclose(session.nll("rows", encoded), expected, atol=1e-5)
+    assert model.training, "modes are given back"
+    with pytest.raises(ValueError, match=r"1 of 2 rows \(first row 1\) have no likelihood"):
+        session.nll("rows", [encoded[0], {"input_ids": [5, 6], "labels": [-100, -100]}])
+    with pytest.raises(ValueError, match="there is nothing to score"):
+        session.nll("rows", [])
     assert list((tmp_path / "pieces").iterdir()) == [], "these weights cannot be told from others"
     for refused in (lambda: session.answers("rows", prompts), lambda: session.token_scores("rows", encoded)):
         with pytest.raises(ValueError, match=r"sharded .* from_pretrained"):

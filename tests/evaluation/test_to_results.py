@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tofu_kit import ANSWER, build, parts, tokenizer
 
+from hf_unlearn.evaluation import to_results as module
 from hf_unlearn.evaluation.to_results import results_of
 from hf_unlearn.evaluation.tofu import run_tofu
 from hf_unlearn.evaluation.tofu_files import TofuEvaluation
@@ -81,6 +83,37 @@ def test_what_compares_with_the_reference_is_computed_where_it_was_not_yet(
         assert name not in results.absent
     assert results.reference is not None
     assert results.reference.as_dict()["mia_auc"] == 0.5
+
+
+def test_what_compares_is_of_the_reference_that_is_given_and_not_of_another_one(
+    compared: TofuEvaluation, reference: TofuEvaluation, alone: TofuEvaluation
+) -> None:
+    assert compared.evaluation.values()["forget_quality"] == compared.scores.forget_quality_against(reference.scores)
+    results = results_of(compared, None, alone)
+    other = compared.scores.forget_quality_against(alone.scores)
+    assert other != compared.evaluation.values()["forget_quality"]
+    assert results.forget_quality == other
+    assert results.unlearned.as_dict()["mia_auc"] == compared.scores.mia_auc_against(alone.scores)
+    without = replace(alone, details=None)
+    assert "membership scores" in results_of(compared, None, without).absent["privleak"], (
+        "that of the other one is gone"
+    )
+    assert "privleak" not in results_of(compared, None, without).unlearned.as_dict()
+
+
+def test_the_same_reference_is_not_compared_with_twice(
+    compared: TofuEvaluation, reference_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = TofuEvaluation.load(reference_folder)
+    calls: list[Any] = []
+
+    def counted(scores: Any, *others: Any, **options: Any) -> Any:
+        calls.append(scores)
+        return {}, {}
+
+    monkeypatch.setattr(module, "tofu_metrics", counted)
+    results_of(compared, None, reference)
+    assert calls == [reference.scores], "only the reference with itself"
 
 
 def test_answers_stand_side_by_side(

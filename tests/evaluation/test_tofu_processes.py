@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> TofuEvaluation:
     """One process, in one go."""
-    return tofu_worker.evaluate(tmp_path_factory.mktemp("one"))
+    return tofu_worker.evaluate(tofu_worker.build(), tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_every_row_is_scored_by_one_of_the_processes_and_both_work(folder: Path)
 
 
 def test_pieces_of_two_processes_serve_one(folder: Path, counts: dict[str, int]) -> None:
-    found = tofu_worker.evaluate(folder / "two")
+    found = tofu_worker.evaluate(tofu_worker.build(), folder / "two")
     assert counts == {}
     assert found.evaluation.values() == seen(folder)[0]["values"]
 
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_where_it_was_and_finds_the_same(
     assert not (folder / "killed" / "evaluation.json").exists()
     finished = sum(len(json.loads(path.read_text(encoding="utf-8"))["values"]) for path in kept)
     assert finished == PIECES * 4 * tofu_worker.BATCH
-    found = tofu_worker.evaluate(folder / "killed")
+    found = tofu_worker.evaluate(tofu_worker.build(), folder / "killed")
     assert counts == {**items(), "mean_nll": items()["mean_nll"] - finished}
     assert found.evaluation.values() == one.evaluation.values()
     assert found.evaluation.standard_errors() == one.evaluation.standard_errors()

@@ -1,4 +1,4 @@
-"""TOFU on a model: every number against the plain functions, what is missing has a reason, and bad input is refused."""
+"""TOFU on a model: every number against the plain functions, and what is missing has a reason."""
 
 from __future__ import annotations
 
@@ -11,33 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tofu_kit import ANSWER, build, parts, tokenizer
+from tofu_kit import ANSWER, build, parts, run, tokenizer
 
 from hf_unlearn.attacks.degeneracy import degeneracy
 from hf_unlearn.data import tokenize_example
 from hf_unlearn.evaluation import session as session_module
 from hf_unlearn.evaluation.record import Evaluation
-from hf_unlearn.evaluation.tofu import run_tofu
-from hf_unlearn.evaluation.tofu_files import TofuEvaluation, TofuReference, load_reference
+from hf_unlearn.evaluation.tofu_files import TofuEvaluation, TofuReference
+from hf_unlearn.evaluation.tofu_metrics import tofu_metrics
 from hf_unlearn.metrics import evaluate_tofu, score_tokens
 from hf_unlearn.metrics import functional as f
-from hf_unlearn.metrics.scores import TofuScores
+from hf_unlearn.metrics.scores import PartScores, TofuScores
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
-
-
-def run(model: Any = None, **changes: Any) -> TofuEvaluation:
-    """A run with few resamples and without holdout rows; `changes` win."""
-    arguments = {**parts(), "holdout": None, "max_new_tokens": ANSWER, "resamples": 10, **changes}
-    return run_tofu(build() if model is None else model, tokenizer(), **arguments)
-
-
-@pytest.fixture
-def untouched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model that no test may run."""
-    model = build()
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("computed before the input was checked"))
-    return model
 
 
 # ------------------------------------------------------------------------------------------------- the numbers
@@ -215,7 +201,7 @@ def test_what_cannot_be_computed_is_absent_with_a_reason_and_never_0() -> None:
         "retain_rouge": "no answers were generated",
         "forget_fluency": "no answers were generated",
         "world_facts_probability": "no world_facts rows were given",
-        "model_utility": "it is the harmonic mean over retain and general parts, and lacks real_authors_plain",
+        "model_utility": "it is the harmonic mean over retain and general parts, and lacks real_authors_probability",
         "memorization_score": "the forget rows have no truth_share and no paraphrase_probability",
         "privacy_score": "no holdout rows were given",
         "aggregate_score": "it lacks memorization_score, privacy_score, utility_score",
@@ -320,87 +306,20 @@ def test_an_infinite_loss_is_recorded_as_one(reference: TofuEvaluation, tmp_path
     assert TofuScores.load(tmp_path / "scores.json").parts["forget"].nll.tolist() == [math.inf, 1.0]
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+def test_a_part_whose_name_begins_with_forget_counts_in_the_utility_like_any_other(compared: TofuEvaluation) -> None:
+    other = replace(compared.scores.parts["real_authors"], log_truth_ratio=None)
+    given = {**{name: compared.scores.parts[name] for name in ("forget", "retain")}, "forget_neighbours": other}
+    metrics, absent = tofu_metrics(TofuScores(parts=given), None, None, resamples=10)
+    assert "model_utility" not in metrics, "without that part it is another quantity"
+    assert "lacks forget_neighbours_truth_ratio" in absent["model_utility"]
 
 
-def test_a_reference_of_other_forget_rows_is_an_error_before_anything_is_computed(
-    untouched: Any, reference: TofuEvaluation, reference_folder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match="different forget rows"):
-        run(untouched, forget=parts()["forget"][::-1], reference=reference_folder)
-    with pytest.raises(ValueError, match="different forget rows"):
-        run(untouched, forget=parts()["forget"][:5], reference=reference)
-    with pytest.raises(FileNotFoundError, match=r"no scores\.json"):
-        run(untouched, reference=tmp_path)
-    with pytest.raises(TypeError, match="reference is a int"):
-        run(untouched, reference=3)
-
-
-def test_files_that_are_something_else_are_named(tmp_path: Path, compared_folder: Path) -> None:
-    for name in ("scores.json", "details.json", "evaluation.json"):
-        (tmp_path / name).write_bytes((compared_folder / name).read_bytes())
-    assert load_reference(tmp_path / "scores.json").details is not None
-    (tmp_path / "details.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"details\.json holds no details"):
-        load_reference(tmp_path)
-    (tmp_path / "details.json").write_text("{")
-    with pytest.raises(ValueError, match=r"details\.json is not JSON"):
-        load_reference(tmp_path)
-
-
-def test_rows_and_limits_are_checked_before_anything_is_computed(untouched: Any) -> None:
-    indexed = [{**row, "index": number} for number, row in enumerate(parts()["forget"])]
-    twice = [*indexed[:5], {**indexed[5], "index": 2}]
-    for changes, message in (
-        ({"forget": twice}, "forget part: Rows 2 and 5 both have index 2"),
-        ({"holdout": twice}, "holdout rows: Rows 2 and 5 both have index 2"),
-        ({"holdout": []}, "holdout rows: There are no rows"),
-        ({"retain": [{"question": "?"}]}, "retain part: Row 0 has no `answer`"),
-        ({"general": {"holdout": parts()["retain"]}}, "general has a part named 'holdout'"),
-        ({"limits": {"nothing": 3}}, r"limits names \['nothing'\]"),
-        ({"limits": {"holdout": 3}}, "there are no holdout rows"),
-        ({"limits": 0}, "limit is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"max_new_tokens": 250}, "do not fit into the 256 positions"),
-        ({"holdout": [{"question": "?", "answer": "a b c " * 100}]}, "but LlamaForCausalLM has 256 positions"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(untouched, **changes)
-
-
-def test_texts_that_are_cut_say_so(untouched: Any) -> None:
-    with pytest.raises(ValueError, match="is left within max_length=5"):
-        run(untouched, max_length=5)
-    longest = max(
-        len(
-            tokenize_example({"question": row["question"], "answer": row["paraphrased_answer"]}, tokenizer())["labels"]
-        )
-        for row in parts()["forget"]
+def test_rounding_of_a_sure_answer_gives_no_probability_above_one() -> None:
+    sure = PartScores(
+        nll=np.array([-1e-3, 0.5]), probability=np.array([1.0, 0.6]), paraphrased_nll=np.array([-1e-3] * 2)
     )
-    with pytest.warns(UserWarning, match=f"is cut to max_length={longest - 3}"):
-        run(max_length=longest - 3, generate=False)
-
-
-def test_sharded_weights_are_scored_without_answers() -> None:
-    model = build()
-    model.model.norm.weight.ds_id = 0  # what ZeRO-3 marks a part of a weight with
-    with pytest.raises(ValueError, match="generate=True needs whole weights"):
-        run(model)
-    found = run(model, generate=False, holdout=parts()["holdout"]).evaluation
-    assert found.model_hash is None
-    assert "sharded" in found.absent["model_hash"]
-    assert "sharded" in found.absent["forget_exact_memorization"]
-    assert "sharded" in found.absent["mia_loss_auc"]
-    assert "forget_truth_ratio" in found.metrics
-
-
-def test_finished_parts_are_kept_when_a_later_part_fails(tmp_path: Path, monkeypatch: Any) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(session_module, "greedy", lambda *args, **kwargs: [].pop())
-        with pytest.raises(IndexError):
-            run(output_dir=tmp_path, holdout=parts()["holdout"])
-    assert not (tmp_path / "evaluation.json").exists(), "it is written last"
-    for name in ("mean_nll", "score_tokens"):
-        monkeypatch.setattr(session_module, name, lambda *args, **kwargs: pytest.fail("scored again"))
-    found = run(output_dir=tmp_path, holdout=parts()["holdout"])
-    assert TofuEvaluation.load(tmp_path).evaluation.values() == found.evaluation.values()
+    metrics, _ = tofu_metrics(
+        TofuScores(parts={"forget": sure, "retain": sure, "facts": sure}), None, None, resamples=10
+    )
+    assert sure.plain_probability[0] == 1.0
+    assert metrics["forget_paraphrased_answer_probability"].value == 1.0

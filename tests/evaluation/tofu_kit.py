@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hf_unlearn.evaluation.tofu import run_tofu
+from hf_unlearn.evaluation.tofu_files import TofuEvaluation
 from hf_unlearn.lab.models import tiny_config, tiny_model
 from hf_unlearn.lab.tokenizer import train_tokenizer
 from hf_unlearn.lab.world import make_world
@@ -43,3 +45,9 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
             if parameter.dim() == 2:
                 parameter.mul_(8)
     return model.to(dtype)
+
+
+def run(model: Any = None, **changes: Any) -> TofuEvaluation:
+    """A run with few resamples and without holdout rows; `changes` win."""
+    arguments = {**parts(), "holdout": None, "max_new_tokens": ANSWER, "resamples": 10, **changes}
+    return run_tofu(build() if model is None else model, tokenizer(), **arguments)

@@ -39,9 +39,9 @@ def count_items() -> dict[str, int]:
     return counts
 
 
-def evaluate(output: Path) -> Any:
+def evaluate(model: Any, output: Path) -> Any:
     arguments = {**parts(), "max_new_tokens": ANSWER, "resamples": 20}
-    return run_tofu(build(), tokenizer(), **arguments, batch_size=BATCH, output_dir=output)
+    return run_tofu(model, tokenizer(), **arguments, batch_size=BATCH, output_dir=output)
 
 
 def message(error: type[Exception], function: Any, *args: Any, **kwargs: Any) -> str:
@@ -59,7 +59,7 @@ def two_processes(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     counts = count_items()
-    found = evaluate(folder / "two")
+    found = evaluate(torch.nn.parallel.DistributedDataParallel(build()), folder / "two")  # as a trainer leaves it
     seen: dict[str, Any] = {"counts": dict(counts), "values": found.evaluation.values()}
     seen["processes"] = found.evaluation.settings["processes"]
     seen["answers"] = {name: part.generations for name, part in found.scores.parts.items()}
@@ -79,6 +79,8 @@ def two_processes(folder: Path) -> None:
         Exception, Session, build(), tokenizer(), output_dir=folder / "file", accelerator=accelerator
     )
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running
 
 
 def killed(folder: Path, pieces: int) -> None:
@@ -92,7 +94,7 @@ def killed(folder: Path, pieces: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with patch.object(Pieces, "write", writing):
-        evaluate(folder / "killed")
+        evaluate(build(), folder / "killed")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,16 @@ def test_more_rows_than_scipy_s_exact_test_takes_have_the_asymptotic_logarithm()
     assert forget_quality_log10(a, b) == pytest.approx(math.log10(2) - 10_001 / math.log(10), rel=1e-9)
 
 
+@pytest.mark.parametrize("n", [5, 7, 200])
+def test_where_scipy_gives_up_its_exact_value_the_p_value_stays_exact_without_a_warning(n: int) -> None:
+    first = np.arange(n, dtype=np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = kolmogorov_smirnov(first, first + 1e-9)
+    assert found.statistic == pytest.approx(1 / n)
+    assert found.p_value == pytest.approx(1.0, abs=1e-12), "every pair of samples is at least this far apart"
+
+
 def test_ties_and_infinite_rows_are_ranked_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -16,6 +16,8 @@ from hf_unlearn.metrics.generate import stop_token_ids
 from hf_unlearn.metrics.muse import (
     STOP_STRINGS,
     cut_at_stops,
+    encode_knowledge,
+    encode_verbatim,
     knowledge_memorization,
     knowledge_prompt,
     memorization_scores,
@@ -221,6 +223,21 @@ def test_special_tokens_in_front_of_the_reference_count_only_when_asked_for(toke
     theirs = verbatim_memorization(model, with_bos, row, max_new_tokens=4, reference_with_specials=True)
     assert ours.references == [with_bos.decode(ids[:4]).strip()]
     assert theirs.references == [with_bos.decode(ids[:3]).strip()]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt():
+    from tokenizers import processors
+
+    plain, ending = train_tokenizer(TEXTS, 320), train_tokenizer(TEXTS, 320)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {ending.eos_token}", special_tokens=[(ending.eos_token, ending.eos_token_id)]
+    )
+    assert ending("The")["input_ids"][-1] == ending.eos_token_id
+    row = [{"prompt": "The", "gt": "one two"}]
+    assert encode_verbatim(ending, row)[0] == encode_verbatim(plain, row)[0]
+    assert encode_knowledge(ending, QUESTIONS)[0] == encode_knowledge(plain, QUESTIONS)[0]
+    own = [{"prompt": f"The{ending.eos_token}", "gt": "one"}]
+    assert encode_verbatim(plain, own)[0][0][-1] == plain.eos_token_id, "what the text says itself stays"
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0, 0.01])

@@ -18,7 +18,7 @@ from hf_unlearn.reports.schema import write_text
 
 PHONE, DESK = 390, 1280
 FIGURES = {"plain": 4, "attacked": 8, "compared": 3}
-LOOK = """(() => {
+LOOK = r"""(() => {
   const figures = [...document.querySelectorAll('figure')].map(figure => {
     const svg = figure.querySelector('svg');
     const box = svg ? svg.getBoundingClientRect() : {width: 0, height: 0};
@@ -39,6 +39,20 @@ LOOK = """(() => {
       const box = own.getBoundingClientRect();  // letters below one another
       return own.textContent.trim().length > 3 && box.width > 0 && box.width < 24;
     }).map(own => own.textContent),
+    torn: [...document.querySelectorAll('th, td.num')].flatMap(own => {
+      const texts = document.createTreeWalker(own, NodeFilter.SHOW_TEXT), found = [];
+      while (texts.nextNode()) {
+        // a word of up to 12 letters, or a number with its exponent, on two lines
+        for (const word of texts.currentNode.data.matchAll(/\d[\d.]*(?:e-?\d+)?|[A-Za-z0-9]+/g)) {
+          const range = document.createRange();
+          range.setStart(texts.currentNode, word.index);
+          range.setEnd(texts.currentNode, word.index + word[0].length);
+          const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+          if (word[0].length <= 12 && lines.size > 1) found.push(word[0]);
+        }
+      }
+      return found;
+    }),
   };
 })()"""
 
@@ -95,6 +109,7 @@ def test_the_page_shows_every_figure_and_asks_for_nothing(
     assert seen["width"] <= width, "the page is wider than the screen"
     assert seen["cut"] == [], "text is cut off at the right"
     assert seen["squeezed"] == [], "text has no room"
+    assert seen["torn"] == [], "a word or a number is torn apart"
     assert len(seen["figures"]) == FIGURES[name]
     for figure in seen["figures"]:
         assert figure["width"] > 200, figure
@@ -124,7 +139,7 @@ def test_the_browser_sees_what_would_be_wrong(browser: Browser, tmp_path: Path) 
     page = tmp_path / "wrong.html"
     page.write_text(
         "<!doctype html><meta name=viewport content='width=device-width'><figure><h3>x</h3></figure>"
-        "<p style='width:900px'>wide</p><table><td style='max-width:9px;overflow-wrap:anywhere'>letters</table><img src='https://evil.example/a.png'><script>console.error('oh'); nope()</script>"
+        "<p style='width:900px'>wide</p><table><td style='max-width:9px;overflow-wrap:anywhere'>letters</table><table><th style='display:block;width:30px;overflow-wrap:anywhere'>primal_dual</table><img src='https://evil.example/a.png'><script>console.error('oh'); nope()</script>"
     )
     browser.open(page, width=PHONE)
     seen = browser.evaluate(LOOK)
@@ -133,6 +148,7 @@ def test_the_browser_sees_what_would_be_wrong(browser: Browser, tmp_path: Path) 
     assert "https://evil.example/a.png" in browser.requests
     assert seen["width"] > PHONE
     assert seen["cut"] == ["wide"]
-    assert seen["squeezed"] == ["letters"]
+    assert "letters" in seen["squeezed"]
+    assert "primal" in seen["torn"]
     assert seen["foreign"] == 2
     assert seen["figures"][0]["drawn"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from hf_unlearn.reports.compare import compare, numbered, read_runs
 from hf_unlearn.reports.compare_page import render_comparison, write_comparison
 from hf_unlearn.reports.compare_plot import quality_figure, returned_figure, scatter_figure, utility_of
 from hf_unlearn.reports.compare_tables import comparison_markdown, comparison_table
+from hf_unlearn.reports.outcomes import AttackOutcome
 
 Make = Callable[..., Results]
 
@@ -104,6 +106,44 @@ def test_what_attacks_bring_back_is_a_column_and_less_is_better(make: Make) -> N
     assert [column.shown(run.results) for run in comparison.runs] == ["7.8%", "54.1%", "–"]
     assert comparison.best["returned_relearn"] == {"a"}
     assert "returned_relearn" not in {own.name for own in compare([make(), make()], ["a", "b"]).columns}
+
+
+def test_runs_under_other_attacks_or_other_settings_have_no_best(make: Make) -> None:
+    def run(*outcomes: AttackOutcome) -> Results:
+        return make({"attacks": [own.as_dict() for own in outcomes]})
+
+    # fewer attacks find less: a run that was only rounded is not the more robust one
+    assert best(run(attacked.rounding()), run(attacked.rounding(), attacked.relearning()))["returned_worst"] == []
+    weak = attacked.relearning({**attacked.UNSEEN, "unlearned": (0.0,) * 5})
+    gentle = dataclasses.replace(weak, settings={**weak.settings, "learning_rate": 1e-9})
+    assert best(run(weak), run(attacked.relearning()))["returned_relearn"] == ["a"]
+    assert best(run(gentle), run(attacked.relearning()))["returned_relearn"] == []
+    uncontrolled = attacked.relearning({key: attacked.UNSEEN[key] for key in ("target", "unlearned")})
+    alone = dataclasses.replace(
+        uncontrolled, curves=tuple(own for own in uncontrolled.curves if own.subject != "control")
+    )
+    assert best(run(weak), run(alone))["returned_relearn"] == []
+    models = {"models": {"unlearned": {"path": "x"}}}
+    named = dataclasses.replace(weak, settings={**weak.settings, **models})
+    assert best(run(named), run(attacked.relearning()))["returned_relearn"] == ["a"]
+
+
+def test_what_a_choice_rests_on_comes_first_and_the_rest_folds_away(make: Make) -> None:
+    runs = [make({"attacks": [attacked.relearning().as_dict()]}), make(mia_zlib_auc=0.4, own_score=3.0)]
+    comparison = compare(runs, ["a", "b"])
+    assert [column.name for column in comparison.columns][:5] == [
+        *("forget_probability", "forget_quality", "model_utility", "retain_probability", "returned_relearn"),
+    ]
+    page = render_comparison(comparison)
+    first, folded = page.split("<summary>2 further scores</summary>")
+    assert "Own score" not in first
+    assert "Own score" in folded
+
+
+def test_names_of_runs_break_between_words_alone(make: Make) -> None:
+    page = render_comparison(compare([make(), make(forget_rouge=0.9)], ["quickstart_primal_dual", "<b>_x"]))
+    assert '<th scope="row">quickstart_<wbr>primal_<wbr>dual</th>' in page
+    assert '<th scope="row">&lt;b&gt;_<wbr>x</th>' in page
 
 
 @pytest.mark.parametrize(
@@ -206,7 +246,8 @@ def test_the_files_are_complete_and_hostile_names_stay_text(make: Make, tmp_path
 
 def test_the_best_are_marked_by_a_sign_and_not_by_colour_alone(make: Make) -> None:
     comparison = compare([make(forget_rouge=0.28), make(forget_rouge=0.9)], ["a", "b"])
-    assert '<b><span role="img" aria-label="best">★</span> 0.280</b>' in render_comparison(comparison)
+    best = '<b><span role="img" aria-label="best">★</span> <span class="whole">0.280</span></b>'
+    assert best in render_comparison(comparison)
     assert "★ 0.280" in comparison_markdown(comparison)
     stream = io.StringIO()
     Console(file=stream, width=160, no_color=True).print(comparison_table(comparison))

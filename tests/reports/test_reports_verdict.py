@@ -20,7 +20,7 @@ def test_a_good_run_is_told_so(sample: dict[str, Any]) -> None:
     assert verdict.answer == "yes"
     assert verdict.text == (
         "The model forgot what it should and kept the rest. A test could not tell it apart from a model that never "
-        "saw the data."
+        "saw the data. Whether attacks bring it back is not known."
     )
     assert _answers(sample) == [*["yes"] * 4, "unknown"]  # no attack was tried
 

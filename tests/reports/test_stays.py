@@ -213,11 +213,17 @@ def test_limits_name_only_what_was_not_tested(sample: dict[str, Any]) -> None:
     assert "reworded questions" in some["Attacks"]
     assert "given first words" not in some["Attacks"]
     names = ("relearn", "quantise", "paraphrase", "prefill", "static", "multi_turn", "gcg", "soft_prompt")
-    everything = texts(*(AttackOutcome(attack=name) for name in names))
+    number = Measure(name="m", subject="unlearned", value=0.0, n=1)
+    everything = texts(*(AttackOutcome(attack=name, measures=(number,)) for name in names))
     assert "Attacks" not in everything
     assert "not tested" not in everything["Depth"]
     assert "Over-refusal" in everything
     assert "Over-refusal" not in texts(attacked.jailbreaks(), attacked.over_refusal())
+    # attacks that failed, or that only the control was under, tested nothing
+    of_control = Measure(name="m", subject="control", value=0.0, n=1)
+    failed = AttackOutcome(attack="relearn", absent={"unlearned": "ValueError: no rows"})
+    assert "was not tested" in texts(failed)["Depth"]
+    assert "was not tested" in texts(AttackOutcome(attack="relearn", measures=(of_control,)))["Depth"]
 
 
 def test_an_attack_makes_an_edits_verdict_no_better(sample: dict[str, Any]) -> None:

@@ -218,6 +218,9 @@ def test_composite_of_names_is_their_harmonic_mean():
     assert compose(lambda found: found["a"] - found["b"], values) == pytest.approx(0.3)
     with pytest.raises(TypeError, match="composite returned None"):
         compose(lambda found: None, values)
+    with pytest.raises(ValueError, match=r"composite returned NaN .*return -inf"):
+        compose(lambda found: float("nan"), values)
+    assert compose(lambda found: -float("inf"), values) == -float("inf")
 
 
 # ----------------------------------------------------------------------------------------------------- no trace
