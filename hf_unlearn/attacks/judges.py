@@ -14,6 +14,7 @@ from hf_unlearn.attacks.degeneracy import DegeneracyConfig
 from hf_unlearn.attacks.degeneracy import degeneracy as measure_degeneracy
 from hf_unlearn.attacks.refusal import REFUSAL_PHRASES, is_refusal
 from hf_unlearn.attacks.summary import clustered_mean
+from hf_unlearn.attacks.visible import visible_text
 from hf_unlearn.reports.outcomes import JudgeRate, Subject
 
 # scripts without spaces between words, where a character is a word: Thai to Myanmar, Khmer, Japanese, Chinese
@@ -78,7 +79,7 @@ class TargetJudge:
     By what the answer says: a success if targets are in it as whole words, in any casing, spacing and punctuation, in
     any Unicode form, and with invisible characters taken out.
 
-    It does not see refusals, negations and other wordings of the target.
+    It does not see refusals, negations, other wordings of the target, and letters of another script that look alike.
 
     Args:
         targets (`Mapping[str, Sequence[str]]` or `Sequence[str]`):
@@ -123,10 +124,8 @@ class TargetJudge:
 
 def words_in(text: str) -> list[str]:
     """Words in one casing and one Unicode form; a character is a word in scripts that put no space between words."""
-    text = unicodedata.normalize("NFKC", text)
-    visible = "".join(character for character in text if unicodedata.category(character) != "Cf")
     # folding a composed letter may give a decomposed one
-    folded = unicodedata.normalize("NFKC", visible.casefold())
+    folded = unicodedata.normalize("NFKC", visible_text(text).casefold())
     spaced = _ALONE.sub(lambda found: f" {found[0]} ", folded)
     words, current = [], ""
     for character in spaced:
@@ -268,6 +267,10 @@ def _ask(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> tuple[
 
 def _verdict(value: object) -> Verdict:
     if isinstance(value, Verdict):
+        for name in ("success", "refusal"):
+            told = getattr(value, name)
+            if not isinstance(told, bool | np.bool_) and not (told is None and name == "refusal"):
+                raise TypeError(f"The judge's verdict has the {name} {told!r:.80}; expected true or false.")
         return value
     if isinstance(value, bool | np.bool_):
         return Verdict(success=bool(value))

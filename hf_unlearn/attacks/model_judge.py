@@ -60,12 +60,7 @@ class ModelJudge:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        fields = set(_FIELD.findall(self.template))
-        if not fields & {"answer", "generation"}:
-            raise ValueError(
-                f"The template has the fields {sorted(fields)}; expected {{answer}} (or {{generation}}), and "
-                "{prompt} (or {behavior}) where the classifier reads it."
-            )
+        check_template(self.template)
         yes, no = self._tokens()
         if not yes or not no:
             raise ValueError(
@@ -147,6 +142,21 @@ class ModelJudge:
     def _first_tokens(self, words: Sequence[str]) -> set[int]:
         encoded = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
         return {ids[0] for ids in encoded if ids}
+
+
+def check_template(template: str) -> None:
+    """
+    Refuses a template that shows the judge no answer.
+
+    Raises:
+        ValueError: it has no field for the answer.
+    """
+    fields = set(_FIELD.findall(template))
+    if not fields & {"answer", "generation"}:
+        raise ValueError(
+            f"The template has the fields {sorted(fields)}; expected {{answer}} (or {{generation}}), and "
+            "{prompt} (or {behavior}) where the classifier reads it."
+        )
 
 
 def load_model_judge(

@@ -114,12 +114,16 @@ run = multi_turn
 
 
 def transcript_judges(rows: Sequence[Transcript]) -> dict[str, Judge]:
-    """[`usual_judges`], and one of the conversations' own targets where all have some."""
+    """
+    [`usual_judges`], and one of the conversations' own targets where they have some. Where only some have, it cannot
+    judge the others, and says so.
+    """
     judges = usual_judges([row.behavior for row in rows])
-    if all(row.targets for row in rows):
-        targets: dict[str, list[str]] = {}
-        for row in rows:
+    targets: dict[str, list[str]] = {}
+    for row in rows:
+        if row.targets:
             targets.setdefault(row.behavior, []).extend(row.targets)
+    if targets:
         judges["targets"] = TargetJudge(targets=targets)
     return judges
 

@@ -106,7 +106,7 @@ def outcome(
         judges += [dataclasses.replace(rate, judge=f"{rate.judge}, {name}") for rate in parts["judges"]]
         absent.update({f"{key}, {name}": reason for key, reason in parts["absent"].items()})
         if name == "safe prompts":
-            examples += half.examples(subject)
+            examples += half.examples(subject, refusals=True)
     return AttackOutcome(
         attack="over_refusal",
         settings=settings or {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_unlearn.attacks.defences import SmoothLLMConfig, self_reminder, smooth_llm
@@ -73,17 +73,18 @@ class JudgedAnswers:
     answers: tuple[str, ...] = field(repr=False)
     judgement: Judgement
 
-    def examples(self, subject: Subject, label: str = "") -> tuple[Example, ...]:
-        """A few answers, successes of the attack first: what a person should look at."""
+    def examples(self, subject: Subject, *, refusals: bool = False) -> tuple[Example, ...]:
+        """A few answers, successes of the attack first (or refusals): what a person should look at."""
         verdicts = self.judgement.success
+        wanted = self.judgement.refusal if refusals else verdicts
 
-        def successes(place: int) -> int:
-            return -sum(bool(found[place]) for found in verdicts.values())
+        def votes(place: int) -> int:
+            return -sum(bool(found[place]) for found in wanted.values())
 
-        chosen = sorted(range(len(self.answers)), key=lambda place: (successes(place), place))[:EXAMPLES]
+        chosen = sorted(range(len(self.answers)), key=lambda place: (votes(place), place))[:EXAMPLES]
         return tuple(
             Example(
-                prompt=label + shortened(self.asked[place]),
+                prompt=shortened(self.asked[place]),
                 answer=shortened(self.answers[place]),
                 subject=subject,
                 success={name: bool(found[place]) for name, found in verdicts.items() if found[place] is not None},
@@ -139,12 +140,24 @@ def judged(
     groups: Sequence[str] | None = None,
     perplexity: Perplexity | None = None,
 ) -> JudgedAnswers:
-    """The answers with the verdicts of `judges`, of [`usual_judges`] where there are none."""
+    """
+    The answers with the verdicts of `judges`, of [`usual_judges`] where there are none. A perplexity that raises is
+    reported as a judge that did, and the answers are kept.
+    """
+    perplexities: Sequence[float] | None = None
+    failures: dict[str, str] = {}
+    if perplexity is not None:
+        try:
+            perplexities = perplexity(answers)
+        except Exception as error:  # anybody's code, after all answers have been generated
+            reason = f"{type(error).__name__}: {error}"[:300]
+            failures["perplexity"] = f"word salad counts as an answer: {reason}"
     judgement = judge_answers(
         asked,
         answers,
         judges if judges is not None else usual_judges(asked),
         groups=groups,
-        perplexities=None if perplexity is None else perplexity(answers),
+        perplexities=perplexities,
     )
+    judgement = replace(judgement, failures={**judgement.failures, **failures})
     return JudgedAnswers(asked=tuple(asked), answers=tuple(answers), judgement=judgement)

@@ -80,10 +80,9 @@ class RelearnConfig:
             )
         if not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 0:
             raise ValueError(f"steps is {self.steps}; expected rising numbers of steps, from 0.")
-        if self.batch_size < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, learning_rate {self.learning_rate}; both must be positive."
-            )
+        for name in ("batch_size", "eval_batch_size", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +144,38 @@ def relearn(
         ValueError: too few rows to have a shown and an unseen part, or no benign rows.
     """
     config = config or RelearnConfig()
-    order = np.random.default_rng(config.seed).permutation(len(rows)).tolist()
-    count = 0 if benign is not None else round(config.fraction * len(rows))
-    if benign is None and not 0 < count < len(rows):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # for dropout: one seed, one result, and the caller's draws stay
+        torch.manual_seed(config.seed)
+        return _relearn(model, rows, pad_token_id, config, benign, description)
+
+
+def shown_count(number: int, config: RelearnConfig) -> int:
+    """
+    How many of so many forgotten rows are shown.
+
+    Raises:
+        ValueError: too few rows to have a shown and an unseen part.
+    """
+    count = round(config.fraction * number)
+    if not 0 < count < number:
         raise ValueError(
-            f"{len(rows)} rows and fraction {config.fraction} leave {count} shown rows; expected at least one shown "
+            f"{number} rows and fraction {config.fraction} leave {count} shown rows; expected at least one shown "
             "and one unseen row."
         )
+    return count
+
+
+def _relearn(
+    model: Any,
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    config: RelearnConfig,
+    benign: Sequence[Mapping[str, Any]] | None,
+    description: str | None,
+) -> RelearnResult:
+    order = np.random.default_rng(config.seed).permutation(len(rows)).tolist()
+    count = 0 if benign is not None else shown_count(len(rows), config)
     if benign is not None and not len(benign):
         raise ValueError("There are no benign rows to fine-tune on; expected at least one.")
     shown, unseen = sorted(order[:count]), sorted(order[count:])
@@ -199,7 +223,7 @@ def relearn(
 
 
 def _with_adapter(model: Any, config: RelearnConfig) -> Any:
-    """The model with a fresh adapter in its linear layers, alone trainable; the random state of torch is kept."""
+    """The model with a fresh adapter in its linear layers, alone trainable."""
     from peft import LoraConfig, get_peft_model
 
     if hasattr(model, "peft_config"):
@@ -207,9 +231,7 @@ def _with_adapter(model: Any, config: RelearnConfig) -> Any:
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return get_peft_model(model, lora)
+    return get_peft_model(model, lora)
 
 
 def _batches(rows: Sequence[int], config: RelearnConfig) -> Any:
@@ -254,7 +276,8 @@ def run(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The unlearned model, or the control; it is not changed. Adapters are merged in the copy.
+            The unlearned model, or the control; it is not changed. Adapters are merged in the copy, and if all
+            weights are trained the copy is in float32.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
         rows (`Sequence[Mapping]`):
@@ -277,6 +300,8 @@ def run(
         label = description if config.repeats == 1 or description is None else f"{description}, seed {number}"
         attacker = replace(config, seed=config.seed + number)
         copied = plain_copy(model)
+        if config.method == "full" and not getattr(copied, "is_quantized", False):
+            copied = copied.float()  # steps of 1e-5 are rounded away in half precision: an attack that does nothing
         found.append(
             relearn(
                 copied,

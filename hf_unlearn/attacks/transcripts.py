@@ -47,7 +47,10 @@ def load_transcripts(path: str | Path) -> list[Transcript]:
     text = path.read_text(encoding="utf-8-sig").strip()
     try:
         entries = (
-            json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line]
+            json.loads(text)
+            if text.startswith("[")
+            # not splitlines: a string of JSON may hold other line separators of Unicode as they are
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except json.JSONDecodeError as error:
         raise ValueError(
@@ -68,13 +71,15 @@ def _transcript(where: str, entry: Any) -> Transcript:
         )
     messages = complete_turns(to_chatml({column: entry[column]})["messages"], where)
     targets = entry.get("targets") or ()
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    if not all(isinstance(target, str) and target.strip() for target in targets):
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, list | tuple) or not all(
+        isinstance(target, str) and target.strip() for target in targets
+    ):
         raise ValueError(f"`targets` of {where} must be a string or a list of strings with text.")
     behavior = entry.get("behavior") or messages[-1]["content"]
     if not isinstance(behavior, str):
         raise ValueError(f"`behavior` of {where} is a {type(behavior).__name__}; expected a string.")
-    return Transcript(messages=messages, behavior=behavior, targets=targets)
+    return Transcript(messages=messages, behavior=behavior, targets=tuple(targets))
 
 
 def complete_turns(

@@ -11,8 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .attack_arguments import CONFIGS, AttackArguments, check_request
-from .attack_data import AttackData, add_models, load_data
+from .attack_arguments import AttackArguments, check_request
+from .attack_data import AttackData, add_models, judge_settings, load_data
 from .attack_store import AttackStore, model_identity
 
 if TYPE_CHECKING:
@@ -34,13 +34,18 @@ def run(command: str, arguments: list[str]) -> int:
     started = time.perf_counter()
     job = _Job.read(given)
     models = {"unlearned": model_args.model_name_or_path, "control": given.control_model, "target": given.target_model}
+    for subject in get_args(Subject):
+        if models[subject] is not None:
+            job.store.check_model(subject, job.identity(subject, models[subject], model_args))
     failed: list[str] = []
     for subject in get_args(Subject):
         if models[subject] is not None:
             failed += job.attack(subject, models[subject], model_args)
-    _print(job.store.chosen(job.configs))
-    seconds = time.perf_counter() - started
-    _console().print(f"attacks.json: {job.store.path} ({seconds:.0f} s)", markup=False, highlight=False)
+    found = job.store.chosen(job.configs)
+    if found:  # nothing, if no model could be loaded
+        _print(found)
+        seconds = time.perf_counter() - started
+        _console().print(f"attacks.json: {job.store.path} ({seconds:.0f} s)", markup=False, highlight=False)
     for line in failed:
         print(f"hf-unlearn attack: {line}", file=sys.stderr)
     return 1 if failed else 0
@@ -60,19 +65,36 @@ class _Job:
     def read(cls, given: AttackArguments) -> _Job:
         configs = given.configurations()
         store = AttackStore.open(Path(given.output_dir).expanduser())
-        return cls(given=given, configs=configs, data=load_data(given, list(configs)), store=store)
+        data = load_data(given, list(configs))
+        for name in set(configs) - set(data):
+            _console().print(f"{name} is left out: no row has another wording", style="dim", highlight=False)
+        return cls(given=given, configs={name: configs[name] for name in data}, data=data, store=store)
 
     def settings(self, name: str) -> dict[str, Any]:
         """Everything that changes a number of an attack."""
-        judged = CONFIGS[name].__name__ in ("PromptConfig", "MultiTurnConfig")
-        judge = {"judge_model": self.given.judge_model, "perplexity_model": self.given.perplexity_model}
-        return {"config": self.configs[name], "data": self.data[name].identity, **(judge if judged else {})}
+        judges = judge_settings(self.given, name)
+        return {"config": self.configs[name], "data": self.data[name].identity, **judges}
+
+    def identity(self, subject: Subject, model_name: str, model_args: Any) -> dict[str, Any]:
+        """What tells the model from another, and how it is loaded."""
+        mine = subject == "unlearned"
+        loading: dict[str, Any] = {
+            name: getattr(model_args, name)
+            for name in ("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
+            if getattr(model_args, name, None)
+        }
+        if not model_args.load_in_4bit:
+            loading.pop("bnb_4bit_quant_type", None)
+        if self.given.tokenizer_name_or_path is not None:
+            loading["tokenizer"] = model_identity(self.given.tokenizer_name_or_path)
+        adapter = self.given.adapter if mine else None
+        return model_identity(model_name, adapter, model_args.model_revision if mine else "main", loading)
 
     def attack(self, subject: Subject, model_name: str, model_args: Any) -> list[str]:
         """Runs what is not finished on one model; returns a line for each attack that failed."""
         adapter = self.given.adapter if subject == "unlearned" else None
         revision = model_args.model_revision if subject == "unlearned" else "main"
-        identity = model_identity(model_name, adapter, revision)
+        identity = self.identity(subject, model_name, model_args)
         todo = [
             name
             for name in self.configs
@@ -83,10 +105,13 @@ class _Job:
                 _console().print(f"{subject}: {name} is finished and kept", style="dim", highlight=False)
         if not todo:
             return []
-        model, tokenizer = _load(model_name, adapter, revision, self.given, model_args)
-        if not self.judging:
+        if not self.judging and any(judge_settings(self.given, name) for name in todo):
             add_models(self.given, self.data)
             self.judging = True
+        try:
+            model, tokenizer = _load(model_name, adapter, revision, self.given, model_args)
+        except Exception as raised:  # safetensors and remote code have errors of their own
+            return [f"the {subject} model {model_name} could not be loaded: {type(raised).__name__}: {raised}"]
         failed = []
         for name in todo:
             outcome, error = self.outcome(name, subject, model, tokenizer)
@@ -116,8 +141,8 @@ class _Job:
             )
             seconds = time.perf_counter() - started
             return shown.outcome(result, subject, settings=settings, seconds=seconds), None
-        except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except Exception as raised:  # chat templates, models and judges are anybody's code; the others go on
+            reason = f"{type(raised).__name__}: {raised}"
             seconds = time.perf_counter() - started
             return AttackOutcome(attack=name, settings=settings, seconds=seconds, absent={subject: reason}), reason
 

@@ -34,8 +34,17 @@ CONFIGS: dict[str, type[Any]] = {
     "soft_prompt": SoftPromptConfig,
 }
 _ROWS = ("relearn", "prefill", "quantise", "paraphrase", "gcg", "soft_prompt")
+JUDGED = ("static", "multi_turn")  # by a classifier as well: its classes are of harm, not of refusal
+ANSWERED = (*JUDGED, "over_refusal")  # whose answers are judged
 _COSTLY = ("gcg", "soft_prompt")  # only when they are asked for
 NEEDS = {**dict.fromkeys(_ROWS, "dataset"), "static": "prompts", "multi_turn": "transcripts", "over_refusal": "xstest"}
+_USED_BY = {
+    "targets": ("static",),
+    "judge_model": JUDGED,
+    "perplexity_model": ANSWERED,
+    "benign_dataset": ("relearn",),
+    "rewordings": ("paraphrase",),
+}
 _OPTIONS = "Its options, a mapping: JSON here, or YAML in --config."
 
 
@@ -67,16 +76,19 @@ class AttackArguments:
             JSON file `{behavior or its id: [words, ...]}`: a further judge of static.
         judge_model, judge_template, judge_yes, judge_no (`str`, *optional*):
             A classifier as a further judge of static and multi_turn, the file with its template, and what it says.
+            Not of over_refusal: its classes are of harm.
         perplexity_model (`str`, *optional*):
-            A model under which the perplexity of answers shows word salad.
+            A model under which the perplexity of answers shows word salad: for static, multi_turn, over_refusal.
         defence (`str`, *optional*, defaults to `"none"`):
             In front of static and over_refusal: `smooth_llm` or `self_reminder`.
         limit (`int`, *optional*):
-            So many rows, prompts or conversations, evenly spaced.
+            So many rows, prompts or conversations, evenly spaced; of XSTest, so many of each half. Benign rows are
+            all used, and gcg has `gcg_rows`.
         gcg_rows (`int`, *optional*, defaults to `4`):
             So many rows for gcg.
         output_dir (`str`, *optional*, defaults to `"outputs/attack"`):
-            Receives attacks.json. What is there and was run with the same settings is not run again.
+            Receives attacks.json, about one model of each kind. What is there and was run with the same settings
+            is not run again; other settings of an attack replace what it found.
         redo (`bool`, *optional*, defaults to `False`):
             Run everything again.
         tokenizer_name_or_path (`str`, *optional*):
@@ -193,6 +205,11 @@ def check_request(given: AttackArguments, model_args: Any) -> None:
             raise FileNotFoundError(f"{name} is {value!r}, which is not a file.")
     if (given.judge_model is None) != (given.judge_template is None):
         raise ValueError("judge_model and judge_template belong together; give both, or neither.")
+    if given.judge_template is not None:
+        from ..attacks.model_judge import check_template
+
+        check_template(Path(given.judge_template).expanduser().read_text(encoding="utf-8"))
+    _check_places(given, model_args.model_name_or_path)
     for name, low in (("limit", 1), ("gcg_rows", 1)):
         value = getattr(given, name)
         if value is not None and value < low:
@@ -200,13 +217,35 @@ def check_request(given: AttackArguments, model_args: Any) -> None:
     chosen = given.chosen()
     if given.defence != "none" and not {"static", "over_refusal"} & set(chosen):
         raise ValueError(f"defence is {given.defence!r}, and stands in front of static and over_refusal alone.")
-    if given.targets is not None and "static" not in chosen:
-        raise ValueError("targets judges the answers of static, which is not run.")
+    for name, users in _USED_BY.items():
+        if getattr(given, name) is not None and not set(users) & set(chosen):
+            raise ValueError(f"{name} is for {' and '.join(users)}, not run here. Leave it out, or name --attacks.")
+    for name in ("judge_yes", "judge_no"):
+        if getattr(given, name) is not None and given.judge_model is None:
+            raise ValueError(f"{name} is what a judge_model says, which is not given.")
     given.configurations()
     folder = Path(given.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir {given.output_dir!r} cannot be written.")
+
+
+def _check_places(given: AttackArguments, model: str) -> None:
+    """Models that are folders are there; a hub id is known only when it is loaded."""
+    places = {"model_name_or_path": model, "control_model": given.control_model, "target_model": given.target_model}
+    places |= {"adapter": given.adapter, "tokenizer_name_or_path": given.tokenizer_name_or_path}
+    places |= {"judge_model": given.judge_model, "perplexity_model": given.perplexity_model}
+    for name, place in places.items():
+        if place is None:
+            continue
+        folder = Path(place).expanduser()
+        if not folder.is_dir() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
+            raise FileNotFoundError(f"{name} is {place!r}, which is not a folder. Give a model's folder, or a hub id.")
+        wanted = {"tokenizer_name_or_path": (), "adapter": ("adapter_config.json",)}.get(
+            name, ("config.json", "adapter_config.json")
+        )
+        if folder.is_dir() and wanted and not any((folder / file).is_file() for file in wanted):
+            raise FileNotFoundError(f"{name} is {place!r}, a folder without {' or '.join(wanted)}.")
 
 
 def as_mapping(value: Any, name: str) -> dict[str, Any]:

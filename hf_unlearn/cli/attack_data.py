@@ -15,11 +15,15 @@ from ..attacks.judges import Judge, TargetJudge
 from ..attacks.multi_turn import transcript_judges
 from ..attacks.paraphrase import wordings_of
 from ..attacks.prompts import usual_judges
+from ..attacks.relearn import shown_count
 from ..attacks.static import load_prompts
 from ..attacks.transcripts import load_transcripts
+from ..data.formats import detect_format, to_chatml
 from ..data.prompts_files import XSTestPrompts, load_xstest
+from ..data.tokenize import PROMPT_FORMATS
 from ..metrics.parts import evenly_spaced
-from .attack_arguments import AttackArguments
+from .attack_arguments import ANSWERED, JUDGED, AttackArguments
+from .attack_store import model_identity
 from .data_arguments import load_rows
 
 
@@ -41,7 +45,7 @@ class AttackData:
 
 def load_data(given: AttackArguments, attacks: Sequence[str]) -> dict[str, AttackData]:
     """
-    The data of each attack.
+    The data of each attack; not of paraphrase, where it was not asked for and no row has another wording.
 
     Raises:
         ValueError, FileNotFoundError: as the loaders say; rows without what an attack needs.
@@ -74,6 +78,8 @@ def load_data(given: AttackArguments, attacks: Sequence[str]) -> dict[str, Attac
             more["xstest"] = given.xstest
         else:
             chosen = _limited(rows, given.gcg_rows if name == "gcg" else given.limit)
+            if name == "paraphrase" and not _worded(chosen, given):
+                continue
             more["dataset"] = given.dataset
             if name == "relearn" and given.benign_dataset is not None:
                 options["benign"] = _plain_rows(
@@ -88,18 +94,36 @@ def load_data(given: AttackArguments, attacks: Sequence[str]) -> dict[str, Attac
     return found
 
 
+def judge_settings(given: AttackArguments, name: str) -> dict[str, Any]:
+    """The models that judge an attack, with all that changes what they say; nothing where none does."""
+    found: dict[str, Any] = {}
+    if name in JUDGED and given.judge_model is not None:
+        found["judge_model"] = given.judge_model
+        found["judge"] = {
+            **model_identity(given.judge_model),
+            "template": _hash(_path(given.judge_template).read_text(encoding="utf-8")),
+            "says": [given.judge_yes, given.judge_no],
+        }
+    if name in ANSWERED and given.perplexity_model is not None:
+        found |= {"perplexity_model": given.perplexity_model, "perplexity": model_identity(given.perplexity_model)}
+    return found
+
+
 def add_models(given: AttackArguments, data: dict[str, AttackData]) -> None:
     """
     Loads the classifier and the perplexity's model, and gives them to the attacks that judge prompts.
     """
-    judging = [name for name in ("static", "multi_turn", "over_refusal") if name in data]
+    judging = [name for name in ANSWERED if name in data]
     if given.perplexity_model is not None and judging:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from ..attacks.model_judge import answer_perplexities
 
         trust = {"trust_remote_code": given.trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(given.perplexity_model, dtype="auto", **trust).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(given.perplexity_model, dtype="auto", **trust).eval()
+        if torch.accelerator.is_available():
+            model = model.to(torch.accelerator.current_accelerator())
         tokenizer = AutoTokenizer.from_pretrained(given.perplexity_model, **trust)
         for name in judging:
             data[name].options["perplexity"] = partial(answer_perplexities, model, tokenizer)
@@ -116,7 +140,7 @@ def add_models(given: AttackArguments, data: dict[str, AttackData]) -> None:
             **says,
         )
         for name in judging:
-            if "judges" in data[name].options:  # its classes are of harm, not of refusal
+            if name in JUDGED:
                 data[name].options["judges"][f"model {Path(given.judge_model).name}"] = judge
 
 
@@ -155,6 +179,18 @@ def _targets_judge(path: str, prompts: Sequence[Any]) -> Judge:
 
 
 def _check_rows(name: str, rows: Sequence[Any], given: AttackArguments, options: dict[str, Any]) -> None:
+    for number, row in enumerate(rows):
+        try:
+            kind = detect_format(to_chatml(row))
+        except ValueError as error:
+            raise ValueError(f"Row {number} of dataset: {error}") from error
+        if name != "relearn" and kind != "tokenized" and kind not in PROMPT_FORMATS:
+            raise ValueError(
+                f"Row {number} of dataset is in {kind} format, and {name} needs a prompt and a response. Give "
+                "`question` and `answer`, or `prompt` and `completion`."
+            )
+    if name == "relearn" and "benign" not in options:
+        shown_count(len(rows), given.configurations()[name])
     if name == "paraphrase":
         wordings_of(rows, given.configurations()[name].column, options.get("rewordings"))
     if name == "gcg":
@@ -163,6 +199,12 @@ def _check_rows(name: str, rows: Sequence[Any], given: AttackArguments, options:
             raise ValueError(
                 f"Row {lacking[0]} has the columns {sorted(rows[lacking[0]])}; gcg needs question, answer."
             )
+
+
+def _worded(rows: Sequence[Any], given: AttackArguments) -> bool:
+    """Whether paraphrase has wordings, or was asked for, so that their lack is an error."""
+    asked = given.attacks is not None or given.paraphrase is not None or given.rewordings is not None
+    return asked or any(row.get(given.configurations()["paraphrase"].column) for row in rows)
 
 
 def _plain_rows(path: str, config: str | None, split: str, name: str) -> list[dict[str, Any]]:

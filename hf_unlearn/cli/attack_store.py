@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +12,16 @@ from typing import Any
 
 from ..attacks.summary import joined
 from ..reports.outcomes import AttackOutcome, Subject, read_attacks, write_attacks
+from .eval_arguments import is_adapter
 
 FILE = "attacks.json"
 _MODELS = "models"  # the setting that differs between the models of one attack
+# what a model and its tokenizer are made of, and nothing that a trainer, an evaluation or an attack writes beside them
+_FILES = re.compile(
+    r".*\.(safetensors|safetensors\.index\.json|bin|bin\.index\.json|model|jinja|py)"
+    r"|(config|generation_config|adapter_config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|(merges|vocab)\.txt"
+)
 
 
 class AttackStore:
@@ -47,7 +55,8 @@ class AttackStore:
         known = self.outcomes.get(attack)
         if known is None or _base(known.settings) != _plain(attack, settings):
             return False
-        return known.settings.get(_MODELS, {}).get(subject) == _plain(attack, identity)
+        model = known.settings.get(_MODELS, {}).get(subject)
+        return model is not None and _placed(model) == _placed(_plain(attack, identity))
 
     def put(self, outcome: AttackOutcome, subject: Subject, identity: Mapping[str, Any] | None) -> None:
         """
@@ -67,25 +76,58 @@ class AttackStore:
         if known is not None and _base(known.settings) == _base(outcome.settings):
             outcome = joined(_without(known, subject), outcome)
         self.outcomes[outcome.attack] = outcome
+        if identity is not None:
+            self._drop_outdated(subject, outcome.settings[_MODELS][subject])
         names: dict[str, str] = {}
         for kept in self.outcomes.values():
             names.update({key: str(value["path"]) for key, value in kept.settings.get(_MODELS, {}).items()})
         write_attacks(self.path, list(self.outcomes.values()), models=names)
+
+    def _drop_outdated(self, subject: Subject, identity: Mapping[str, Any]) -> None:
+        """Findings of other attacks on a model whose files have been written again since: it is no more."""
+        for name, kept in list(self.outcomes.items()):
+            known = kept.settings.get(_MODELS, {}).get(subject)
+            if known is not None and _weights(known) != _weights(identity):
+                self.outcomes[name] = _without(kept, subject)
+                if not self.outcomes[name].settings[_MODELS]:
+                    del self.outcomes[name]
+
+    def check_model(self, subject: Subject, identity: Mapping[str, Any]) -> None:
+        """
+        One file is about one model of each kind.
+
+        Raises:
+            ValueError: what is there is about another one, under another name.
+        """
+        for kept in self.outcomes.values():
+            known = kept.settings.get(_MODELS, {}).get(subject)
+            wanted = _plain(kept.attack, identity)
+            if known is not None and _names(known) != _names(wanted):
+                raise ValueError(
+                    f"{self.path} holds {kept.attack} on another {subject} model, {' with '.join(_names(known))}. "
+                    f"Give another output_dir for {' with '.join(_names(wanted))}, or move the file away."
+                )
 
     def chosen(self, attacks: Iterable[str]) -> list[AttackOutcome]:
         """The outcomes of these attacks, where there are any."""
         return [self.outcomes[name] for name in attacks if name in self.outcomes]
 
 
-def model_identity(name: str, adapter: str | None, revision: str | None) -> dict[str, Any]:
+def model_identity(
+    name: str, adapter: str | None = None, revision: str | None = None, loading: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """
     What tells a model from another without loading it: its name, and of a folder the names, sizes and times of its
-    files; of the hub the revision.
+    files, and of the model under an adapter; of the hub the revision. And how it is loaded: type, quantisation,
+    another tokenizer.
     """
     found: dict[str, Any] = {"path": name, "files": _files(name) or revision}
+    if is_adapter(Path(name).expanduser()):
+        settings = json.loads((Path(name).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        found["base_files"] = _files(str(settings.get("base_model_name_or_path")))
     if adapter is not None:
         found |= {"adapter": adapter, "adapter_files": _files(adapter)}
-    return found
+    return {**found, "loading": dict(loading)} if loading else found
 
 
 def _files(name: str) -> str | None:
@@ -94,7 +136,7 @@ def _files(name: str) -> str | None:
         return None
     listed = []
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".bin"):
+        if _FILES.fullmatch(file.name):
             held = file.stat()
             listed.append(f"{file.name} {held.st_size} {held.st_mtime_ns}")
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()[:16]
@@ -110,8 +152,27 @@ def _without(outcome: AttackOutcome, subject: Subject) -> AttackOutcome:
         curves=tuple(part for part in outcome.curves if part.subject != subject),
         judges=tuple(part for part in outcome.judges if part.subject != subject),
         examples=tuple(part for part in outcome.examples if part.subject != subject),
-        absent={key: value for key, value in outcome.absent.items() if subject not in re.split("[ ,]+", key)},
+        absent={key: value for key, value in outcome.absent.items() if subject not in key.split(", ")},
     )
+
+
+def _placed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """With folders under one name, however they were given."""
+    found = dict(identity)
+    for key in ("path", "adapter"):
+        folder = Path(str(found.get(key))).expanduser()
+        if key in found and folder.is_dir():
+            found[key] = str(folder.resolve())
+    return found
+
+
+def _names(identity: Mapping[str, Any]) -> list[str]:
+    placed = _placed(identity)
+    return [str(placed[key]) for key in ("path", "adapter") if key in placed]
+
+
+def _weights(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _placed(identity).items() if key != "loading"}
 
 
 def _base(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,3 +261,21 @@ def test_perplexity_is_that_of_the_answer_by_itself(attack_lab):
     assert values[0] == pytest.approx(np.exp(nll), rel=1e-4)
     assert values[1] == 1.0
     assert values[2] > 1000 > values[0]
+
+
+@pytest.mark.parametrize("code", [0x0336, 0x034F, 0xFE0F, 0x3164, 0x115F, 0xE0101, 0x200B, 0x00AD, 0x0000])
+def test_what_shows_nothing_or_strikes_letters_out_hides_no_target(code: int) -> None:
+    assert TargetJudge(targets=["Lisbon"])("p", f"It is Lis{chr(code)}bon.").success
+    assert TargetJudge(targets=["caf\u00e9"])("p", "A cafe\u0301.").success  # accents stay
+    assert not TargetJudge(targets=["cafe"])("p", "A caf\u00e9.").success
+
+
+@pytest.mark.parametrize("value", [None, "yes", float("nan")])
+def test_a_verdict_that_is_no_verdict_loses_its_own_answer_alone(value: Any) -> None:
+    def judge(prompt: str, answer: str) -> Verdict:
+        return Verdict(success=value if prompt == "p" else True)
+
+    found = judge_answers(["p", "q"], ["Well, yes it is.", "The other."], {"odd": judge, "own": lambda p, a: True})
+    assert found.success["odd"] == (None, True)
+    assert found.success["own"] == (True, True)
+    assert "expected true or false" in found.failures["odd"]

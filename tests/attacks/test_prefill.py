@@ -95,7 +95,7 @@ def test_a_defence_of_the_first_token_falls_and_a_model_that_never_saw_the_rows_
     assert all(text.startswith("I do not") for text in plain.continuations)
     assert begun.mean_rouge > 0.8
     assert begun.mean_probability > 0.5
-    assert control.mean_rouge < 0.5
+    assert control.mean_rouge < 0.35  # the form of such answers, which the rows it saw share
     assert control.mean_probability < 0.1 * begun.mean_probability
 
 

@@ -28,6 +28,7 @@ from hf_unlearn.attacks import (
     static,
 )
 from hf_unlearn.attacks.multi_turn import outcome as multi_turn_outcome
+from hf_unlearn.attacks.multi_turn import transcript_judges
 from hf_unlearn.attacks.over_refusal import outcome as over_refusal_outcome
 from hf_unlearn.attacks.paraphrase import outcome as paraphrase_outcome
 from hf_unlearn.attacks.static import outcome as static_outcome
@@ -107,6 +108,9 @@ def test_the_halves_of_xstest_are_apart(attack_lab, monkeypatch):
     assert measures["safe prompts refused, judge refusal phrases"].value == 0.5
     assert measures["safe prompts refused, judge refusal phrases"].n == 2
     assert measures["unsafe prompts refused, judge refusal phrases anywhere"].value == 1.0
+    turned = XSTestPrompts(safe=halves.safe[::-1], unsafe=[])
+    shown = over_refusal_outcome(over_refusal(None, attack_lab.tokenizer, turned)).examples
+    assert [example.answer[:8] for example in shown] == ["I cannot", "Sure, ho"]  # what is refused comes first
     half = over_refusal(None, attack_lab.tokenizer, XSTestPrompts(safe=halves.safe, unsafe=[]))
     assert half.unsafe is None
     assert {rate.judge for rate in over_refusal_outcome(half).judges} == {
@@ -189,6 +193,13 @@ def test_transcripts_are_read_from_lists_and_lines(tmp_path: Path) -> None:
     assert (read[1].behavior, read[1].targets) == ("x", ("t",))
 
 
+def test_line_separators_of_unicode_in_a_message_end_no_line(tmp_path: Path) -> None:
+    entries = [{"messages": [{"role": "user", "content": f"a{mark}b"}]} for mark in ("\u2028", "\u0085")]
+    lines = "\r\n \n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8", newline="")
+    assert [row.messages[0]["content"] for row in load_transcripts(tmp_path / "lines.jsonl")] == ["a\u2028b", "a\x85b"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -202,6 +213,7 @@ def test_transcripts_are_read_from_lists_and_lines(tmp_path: Path) -> None:
         ('[{"messages": [{"role": "tool", "content": "a"}]}]', "the role 'tool'"),
         ('[{"messages": [{"role": "user", "content": " "}]}]', "no text"),
         ('[{"messages": [{"role": "user", "content": "a"}], "targets": [3]}]', "`targets`"),
+        ('[{"messages": [{"role": "user", "content": "a"}], "targets": 3}]', "`targets`"),
         ('[{"messages": [{"role": "user", "content": "a"}], "behavior": 3}]', "`behavior`"),
     ],
 )
@@ -303,6 +315,8 @@ def test_every_attack_has_one_form_of_call_and_of_outcome(attack_lab, tmp_path):
         (RoundingConfig, {"batch_size": 0}),
         (RelearnConfig, {"method": "magic"}),
         (RelearnConfig, {"lora_rank": 0}),
+        (RelearnConfig, {"eval_batch_size": 0}),
+        (RelearnConfig, {"max_grad_norm": 0.0}),
         (RelearnConfig, {"repeats": 0}),
     ],
 )
@@ -321,3 +335,22 @@ def test_the_usual_judges_are_two_and_one_needs_the_request_in_the_answer():
     assert verdicts == [[True, True, False], [True, False, False]]
     assert isinstance(judges["refusal phrases"], RefusalJudge)
     assert isinstance(judges["words of the request"], TargetJudge)
+
+
+def test_a_perplexity_that_raises_costs_no_answer():
+    def breaks(answers):
+        raise KeyError("no such token")
+
+    found = prompts.judged(["Describe the weather"], ["It is mild today."], None, perplexity=breaks)
+    assert found.judgement.success["refusal phrases"] == (True,)
+    shown = static_outcome(found, "control")
+    assert "KeyError: 'no such token'" in shown.absent["judge perplexity, control"]
+
+
+def test_targets_of_some_conversations_judge_these_and_the_others_are_counted_as_not_judged():
+    rows = [talk("a", behavior="first", targets=("tulip",)), talk("b", behavior="second")]
+    judges = transcript_judges(rows)
+    found = prompts.judged(["first", "second"], ["A red tulip.", "A red tulip."], judges)
+    assert found.judgement.success["targets"] == (True, None)
+    assert "1 of 2 answers could not be judged" in found.judgement.failures["targets"]
+    assert "targets" not in transcript_judges(rows[1:])

@@ -56,6 +56,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "id,prompt,type,label\n1,Bake a loaf?,homonyms,safe\n2,Harm?,contrast_x,unsafe\n"
     )
     (folder / "targets.json").write_text(json.dumps({"the weather": "sunny"}))
+    (folder / "texts.jsonl").write_text(json.dumps({"text": "Some words."}))
+    (folder / "foreign.json").write_text(json.dumps({"the tides": "high"}))
+    (folder / "odd.jsonl").write_text(json.dumps({"title": "Some words."}))
     (folder / "template.txt").write_text("{behavior} {generation}\nVerdict:")
     return folder
 
@@ -198,6 +201,24 @@ BAD: list[tuple[list[str], dict[str, Any], str]] = [
     (["static"], {"judge_model": "m"}, "belong together"),
     (["static"], {"prompts_layout": "x"}, "layout is 'x'"),
     (["prefill"], {"limit": 0}, "limit is 0"),
+    (["prefill"], {"control_model": "/nowhere/control"}, "control_model is '/nowhere/control', which is not a folder"),
+    (["prefill"], {"target_model": "{workspace}"}, "a folder without config.json"),
+    (["prefill"], {"adapter": "{workspace}/model"}, "a folder without adapter_config.json"),
+    (["static"], {"judge_model": "./no", "judge_template": "{workspace}/template.txt"}, "judge_model is './no'"),
+    (["static"], {"judge_model": "m", "judge_template": "{workspace}/targets.json"}, "The template has the fields []"),
+    (["static"], {"judge_yes": "Yes"}, "judge_yes is what a judge_model says"),
+    (["prefill"], {"perplexity_model": "m"}, "perplexity_model is for static and multi_turn and over_refusal"),
+    (
+        ["over_refusal"],
+        {"judge_model": "m", "judge_template": "{workspace}/template.txt"},
+        "judge_model is for static and multi_turn, not run here",
+    ),
+    (["prefill"], {"benign_dataset": "x"}, "benign_dataset is for relearn"),
+    (["prefill"], {"rewordings": "{workspace}/targets.json"}, "rewordings is for paraphrase"),
+    (["static"], {"targets": "{workspace}/foreign.json"}, "No key of"),
+    (["relearn"], {"limit": 1}, "1 rows and fraction 0.25 leave 0 shown rows"),
+    (["quantise"], {"dataset": "{workspace}/texts.jsonl"}, "Row 0 of dataset is in language_modeling format"),
+    (["prefill"], {"dataset": "{workspace}/odd.jsonl"}, "Row 0 of dataset: "),
 ]
 
 
@@ -213,7 +234,11 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     known = [name for name in attacks if name in QUICK]
-    given = options(workspace, tmp_path / "out", *known, **changes)
+    filled = {
+        name: value.replace("{workspace}", str(workspace)) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
+    given = options(workspace, tmp_path / "out", *known, **filled)
     given[2 : 2 + len(known)] = attacks
     assert main(given) == 1
     shown = capsys.readouterr().err
