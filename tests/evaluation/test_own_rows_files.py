@@ -22,14 +22,13 @@ def write(folder: Path, *lines: Any, name: str = "own.jsonl") -> Path:
 
 def test_parts_come_forget_first_and_rows_in_the_order_of_the_file(tmp_path: Path) -> None:
     rows = [
-        {**ROW, "part": "neighbours", "index": 1},
+        {**ROW, "part": "neighbours", "index": 1, "perturbed_answer": ["Yes."]},
         {**ROW, "part": "retain", "answer": "Paul does."},
         {**ROW, "index": "a", "author": "left alone"},
         "",
         {**ROW, "part": "neighbours", "index": 0, "answer": "No.", "perturbed_answer": ["Yes.", "Maybe."]},
         {**ROW, "part": "forget", "index": "b", "paraphrased_question": None},
     ]
-    rows[0]["perturbed_answer"] = ["Yes."]  # type: ignore[index]
     found = load_own_rows(write(tmp_path, *rows))
     assert list(found) == ["forget", "retain", "neighbours"]
     assert [row["index"] for row in found["forget"]] == ["a", "b"]
