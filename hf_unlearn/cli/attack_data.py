@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..attacks.judges import Judge, TargetJudge
 from ..attacks.multi_turn import transcript_judges
 from ..attacks.paraphrase import wordings_of
 from ..attacks.prompts import usual_judges
 from ..attacks.relearn import shown_count
-from ..attacks.static import load_prompts
+from ..attacks.static import PromptLayout, load_prompts
 from ..attacks.transcripts import load_transcripts
 from ..data.formats import detect_format, to_chatml
 from ..data.prompts_files import XSTestPrompts, load_xstest
@@ -59,7 +59,8 @@ def load_data(given: AttackArguments, attacks: Sequence[str]) -> dict[str, Attac
         more: dict[str, Any] = {}
         chosen: Any
         if name == "static":
-            chosen = _limited(load_prompts(_path(given.prompts), given.prompts_layout), given.limit)  # type: ignore[arg-type]  # load_prompts refuses other layouts
+            layout = cast(PromptLayout, given.prompts_layout)  # load_prompts refuses others
+            chosen = _limited(load_prompts(_path(given.prompts), layout), given.limit)
             judges = usual_judges([row.behavior for row in chosen])
             if given.targets is not None:
                 judges["targets"] = _targets_judge(given.targets, chosen)

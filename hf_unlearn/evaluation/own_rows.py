@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,16 +25,11 @@ from .tofu_metrics import GENERAL, Findings, part_metrics, tofu_metrics
 from .tofu_scoring import (
     MIN_K,
     ReferenceLike,
-    check_holdout,
-    check_lengths,
-    encoded_row,
     examples_of,
     forget_details,
-    holdout_rows,
-    matching_reference,
     part_answers,
     part_losses,
-    settings_apart,
+    prepare,
 )
 from .values import RESAMPLES, SEED, check_counts, check_whole, how_scored, name_of, save_rows
 
@@ -118,14 +113,16 @@ def run_rows(
     check_parts(parts, reference=reference, holdout=holdout)
     whole = {FORGET, RETAIN} <= set(parts)
     rows = OwnEvalRows(parts, limit)
-    others = holdout_rows(holdout, limit)
-    check_holdout(rows, others)
-    compared = matching_reference(rows, reference)
-    encoded = rows.tokenized(tokenizer, max_length=max_length)
-    differs = settings_apart(compared, tokenizer, encoded)
-    other_texts = [encoded_row(row, tokenizer, max_length) for row in others]
-    longest = max([encoded.longest, *(len(text["input_ids"]) for text in other_texts)])
-    check_lengths(model, replace(encoded, longest=longest), max_new_tokens if generate else 0)
+    given = prepare(
+        model,
+        tokenizer,
+        rows,
+        holdout=holdout,
+        holdout_limit=limit,
+        reference=reference,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens if generate else 0,
+    )
 
     session = Session(
         model,
@@ -136,13 +133,15 @@ def run_rows(
         description=description,
     )
     check_whole(session, "An evaluation on your own rows")
-    losses = part_losses(session, rows, encoded)
-    details = forget_details(session, rows, encoded, others, other_texts) if FORGET in parts else None
+    losses = part_losses(session, rows, given.encoded)
+    details = (
+        forget_details(session, rows, given.encoded, given.others, given.other_texts) if FORGET in parts else None
+    )
     scores = {
         name: rows.parts[name].scores(losses[name], answers)
-        for name, answers in part_answers(session, rows, encoded, max_new_tokens if generate else None)
+        for name, answers in part_answers(session, rows, given.encoded, max_new_tokens if generate else None)
     }
-    metrics, absent = rows_metrics(scores, details, compared)
+    metrics, absent = rows_metrics(scores, details, given.compared)
     if session.hash_obstacle is not None:
         absent["model_hash"] = session.hash_obstacle
     files = {"rows": ROWS_FILE}
@@ -156,11 +155,9 @@ def run_rows(
         absent=absent,
         settings={
             **(settings or {}),
-            "parts": {name: len(part.rows) for name, part in rows.parts.items()} | {"holdout": len(others)},
+            "parts": {name: len(part.rows) for name, part in rows.parts.items()} | {"holdout": len(given.others)},
             "fingerprints": {name: part.fingerprint for name, part in scores.items()},
-            "reference": "" if compared is None else compared.name,
-            "reference_digest": "" if compared is None else compared.digest,
-            "reference_differs": differs,
+            **given.on_record(),
             "limit": limit,
             "generate": generate,
             "max_new_tokens": max_new_tokens,

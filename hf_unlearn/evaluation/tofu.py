@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,11 @@ from .tofu_scoring import (
     HOLDOUT,
     MIN_K,
     ReferenceLike,
-    check_holdout,
-    check_lengths,
-    encoded_row,
     examples_of,
     forget_details,
-    holdout_rows,
-    matching_reference,
     part_answers,
     part_losses,
-    settings_apart,
+    prepare,
     split_limits,
 )
 from .values import check_counts, how_scored, name_of
@@ -132,14 +126,16 @@ def run_tofu(
         raise ValueError(f"general has a part named {taken[0]!r}; expected other names, as 'real_authors'.")
     by_part, holdout_limit = split_limits(limits, [FORGET, RETAIN, *(general or {})], holdout is not None)
     rows = EvalRows({FORGET: forget, RETAIN: retain, **(general or {})}, by_part)
-    others = holdout_rows(holdout, holdout_limit)
-    check_holdout(rows, others)
-    compared = matching_reference(rows, reference)
-    encoded = rows.tokenized(tokenizer, max_length=max_length)
-    differs = settings_apart(compared, tokenizer, encoded)
-    other_texts = [encoded_row(row, tokenizer, max_length) for row in others]
-    longest = max([encoded.longest, *(len(text["input_ids"]) for text in other_texts)])
-    check_lengths(model, replace(encoded, longest=longest), max_new_tokens if generate else 0)
+    given = prepare(
+        model,
+        tokenizer,
+        rows,
+        holdout=holdout,
+        holdout_limit=holdout_limit,
+        reference=reference,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens if generate else 0,
+    )
 
     session = Session(
         model,
@@ -156,18 +152,18 @@ def run_tofu(
         )
     clock.lap("loading")
     parts: dict[str, PartScores] = {}
-    losses = part_losses(session, rows, encoded)
+    losses = part_losses(session, rows, given.encoded)
     clock.lap("likelihoods")
     details = None
     if not session.sharded:
-        details = forget_details(session, rows, encoded, others, other_texts)
+        details = forget_details(session, rows, given.encoded, given.others, given.other_texts)
         clock.lap("token scores")
-    for name, answers in part_answers(session, rows, encoded, max_new_tokens if generate else None):
+    for name, answers in part_answers(session, rows, given.encoded, max_new_tokens if generate else None):
         parts[name] = rows.parts[name].scores(losses[name], answers)
     clock.lap("answers")
     scores = TofuScores(parts=parts)
     # resampling is the same everywhere, and so need not be done everywhere
-    compute = partial(tofu_metrics, scores, details, compared, resamples=resamples, seed=seed)
+    compute = partial(tofu_metrics, scores, details, given.compared, resamples=resamples, seed=seed)
     metrics, absent = from_main(on_all(compute if session.is_main else _nothing, session.processes), session.processes)
     if session.hash_obstacle:
         absent = {**absent, "model_hash": session.hash_obstacle}
@@ -180,12 +176,10 @@ def run_tofu(
         absent=absent,
         settings={
             **(settings or {}),
-            "parts": {name: len(part.rows) for name, part in rows.parts.items()} | {HOLDOUT: len(others)},
+            "parts": {name: len(part.rows) for name, part in rows.parts.items()} | {HOLDOUT: len(given.others)},
             "fingerprints": {name: part.fingerprint for name, part in parts.items()},
             "limits": limits,
-            "reference": "" if compared is None else compared.name,
-            "reference_digest": "" if compared is None else compared.digest,
-            "reference_differs": differs,
+            **given.on_record(),
             "generate": generate,
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,

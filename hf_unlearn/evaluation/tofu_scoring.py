@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,73 @@ MIN_K = 0.4
 EXAMPLES_PER_PART = 10
 
 ReferenceLike = str | os.PathLike[str] | TofuReference | TofuScores | TofuEvaluation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """
+    What is checked and tokenised before anything is computed.
+
+    Args:
+        encoded ([`EncodedRows`]): texts and prompts of all parts.
+        others (`list[dict]`): m holdout rows.
+        other_texts (`list[dict]`): the same, tokenised.
+        compared ([`TofuReference`], *optional*): the reference, cut to the rows that are scored.
+        differs (`list[str]`): what the reference was scored with otherwise, see [`settings_apart`].
+    """
+
+    encoded: EncodedRows
+    others: list[dict[str, Any]]
+    other_texts: list[dict[str, list[int]]]
+    compared: TofuReference | None
+    differs: list[str]
+
+    def on_record(self) -> dict[str, Any]:
+        """What of it belongs into the settings of an evaluation."""
+        compared = self.compared
+        return {
+            "reference": "" if compared is None else compared.name,
+            "reference_digest": "" if compared is None else compared.digest,
+            "reference_differs": self.differs,
+        }
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    rows: EvalRows,
+    *,
+    holdout: Any,
+    holdout_limit: int | None,
+    reference: ReferenceLike | None,
+    max_length: int,
+    max_new_tokens: int,
+) -> Prepared:
+    """
+    Checks rows, holdout rows and reference against each other, and texts against the model; tokenises.
+
+    Args:
+        model, tokenizer:
+            What will be evaluated.
+        rows ([`EvalRows`]):
+            The parts.
+        holdout, holdout_limit, reference, max_length:
+            As in [`run_tofu`].
+        max_new_tokens (`int`):
+            Longest generated answer; 0 where none are generated.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: as in [`run_tofu`], before anything is computed.
+    """
+    others = holdout_rows(holdout, holdout_limit)
+    check_holdout(rows, others)
+    compared = matching_reference(rows, reference)
+    encoded = rows.tokenized(tokenizer, max_length=max_length)
+    differs = settings_apart(compared, tokenizer, encoded)
+    other_texts = [encoded_row(row, tokenizer, max_length) for row in others]
+    longest = max([encoded.longest, *(len(text["input_ids"]) for text in other_texts)])
+    check_lengths(model, replace(encoded, longest=longest), max_new_tokens)
+    return Prepared(encoded=encoded, others=others, other_texts=other_texts, compared=compared, differs=differs)
 
 
 def part_losses(session: Session, rows: EvalRows, encoded: EncodedRows) -> dict[str, FloatArray]:
@@ -228,7 +295,7 @@ def settings_apart(reference: TofuReference | None, tokenizer: Any, encoded: Enc
             f"The reference {reference.name!r} was scored with {' and '.join(what[name] for name in apart)}: its "
             "losses are of other tokens than those of this model, and forget quality and privacy compare them. "
             "Evaluate it again in the same way, unless the two models were trained differently on purpose.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return apart
 
@@ -244,7 +311,7 @@ def check_lengths(model: Any, encoded: EncodedRows, max_new_tokens: int) -> None
         warnings.warn(
             f"The longest text has {encoded.longest} tokens and is cut to max_length={encoded.max_length}; its score "
             "is about the beginning of the answer only. Raise max_length if the model allows it.",
-            stacklevel=3,
+            stacklevel=4,
         )
     positions = positions_of(model)
     if positions is None:

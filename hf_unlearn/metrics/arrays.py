@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,9 +70,9 @@ def unit_rows(name: str, values: ArrayLike) -> FloatArray:
     return array
 
 
-def is_share(value: object) -> bool:
+def is_share(value: Any) -> bool:
     """Whether a value is a number in [0, 1]; NaN, None and text are not."""
     try:
-        return bool(0.0 <= value <= 1.0)  # type: ignore[operator]  # what cannot be compared is no number
-    except TypeError:
+        return bool(0.0 <= value <= 1.0)
+    except TypeError:  # what cannot be compared is no number
         return False

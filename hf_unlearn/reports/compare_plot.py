@@ -19,6 +19,7 @@ from .verdict import INDISTINGUISHABLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
 
 FORGET = "forget_probability"
@@ -114,7 +115,7 @@ def _figure(dots: Sequence[Dot], x_label: str, y_label: str, line: tuple[float, 
 
     with plot_style():
         figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
-        FigureCanvasAgg(figure)
+        canvas = FigureCanvasAgg(figure)
         axis = figure.subplots()
         number = 0
         for dot in dots:
@@ -150,15 +151,14 @@ def _figure(dots: Sequence[Dot], x_label: str, y_label: str, line: tuple[float, 
                 color=MUTED,
             )
         figure.draw_without_rendering()  # the labels are placed by what is there
-        _label(figure, axis, dots)
+        _label(figure, axis, dots, canvas.get_renderer())
     return figure
 
 
-def _label(figure: Figure, axis: Axes, dots: Sequence[Dot]) -> None:
+def _label(figure: Figure, axis: Axes, dots: Sequence[Dot], renderer: RendererBase) -> None:
     """Each point's name at the first of some places around it that covers the least of points and other names."""
     from matplotlib.transforms import Bbox
 
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # of Agg, which the figure was given
     scale = figure.dpi / 72
     points = [axis.transData.transform((dot.x, dot.y)) for dot in dots]
     taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in points]
