@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
-# The most that a name may have where an answer says it: below a ten-thousandth of what the model gives it. Both were
-# chosen on five worlds (docs/benchmarks.md): more variants or less probability cost retain rows on one of them.
-PROBABILITY = 8e-5
+PROBABILITY = 5e-5  # the most that a name may have where an answer says it
 
 
 def names_given_away(row: WorldRow) -> list[str]:
@@ -100,7 +98,7 @@ def run_edit_quickstart(
         probability=PROBABILITY,
         layers=list(range(1, target.model.config.num_hidden_layers + 1)),  # less for each of them to do
         retain_examples=len(data.retain),
-        variants=12,  # of few and short prompts
+        variants=16,  # of few and short prompts
     )
     with clock("edit"):
         done = constrained_edit(
