@@ -59,20 +59,26 @@ class Slope:
 
 def least_squares(steps: ArrayLike, values: ArrayLike) -> tuple[float, float]:
     """
-    Slope of `values` over `steps` and its standard error. Memory stays where it is until it moves, so neighbouring
-    residuals are alike and the usual error would be far too small: this is Newey and West's (Econometrica 1987), over
-    a quarter of the samples.
+    Slope of `values` over `steps` and its standard error.
+
+    Memory stays where it is until it moves, for good: a series of jumps, whose residuals around a line are no noise
+    (Granger and Newbold, Journal of Econometrics 1974: the usual error then finds a slope in a random walk). So the
+    slope is written as what it is of the jumps, `sum_j c_j d_j`, and the error is that of such a sum by Newey and
+    West (Econometrica 1987), over the root of the number of samples: a page or two that are taken and kept are no
+    slope, a page every 100 steps is.
     """
     x = np.asarray(steps, dtype=np.float64)
     y = np.asarray(values, dtype=np.float64)
     x = x - x.mean()
-    slope = float(x @ y / (x @ x))
-    scores = x * (y - y.mean() - slope * x)
-    lags = len(x) // 4
+    size = float(x @ x)
+    slope = float(x @ y) / size
+    weights = np.cumsum(x[::-1])[::-1][1:] / size  # of each jump: every later sample has it
+    scores = weights * (np.diff(y) - slope * np.diff(x))
+    lags = math.isqrt(len(x))
     variance = scores @ scores
     for lag in range(1, lags + 1):
         variance += 2.0 * (1.0 - lag / (lags + 1)) * (scores[lag:] @ scores[:-lag])
-    return slope, math.sqrt(max(float(variance), 0.0)) / float(x @ x)
+    return slope, math.sqrt(max(float(variance), 0.0))
 
 
 def resident_bytes() -> int:
