@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..lab.bench import BenchRow
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -36,10 +44,9 @@ def run(command: str, arguments: list[str]) -> int:
 
     quiet_libraries()
     from rich.console import Console
-    from rich.markdown import Markdown
 
     from ..attacks import RelearnConfig
-    from ..lab.bench import markdown, run_bench
+    from ..lab.bench import run_bench
     from ..lab.methods import METHODS, method_by_name
     from ..lab.recipe import LabRecipe
 
@@ -69,6 +76,30 @@ def run(command: str, arguments: list[str]) -> int:
         relearning=[] if shares is None else [RelearnConfig(fraction=share) for share in shares or [0.25]],
         report=lambda line: console.print(line, highlight=False),
     )
-    console.print(Markdown(markdown(rows)))
-    console.print(f"{folder}/table.md, {folder}/table.json", highlight=False)
+    print_table(console, rows)
+    console.print(f"All columns: {folder}/table.md, {folder}/table.json", highlight=False, soft_wrap=True)
     return 0
+
+
+def print_table(console: Console, rows: Sequence[BenchRow]) -> None:
+    """All columns where the terminal is wide enough, else the headlines: cut short, a number says nothing."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..lab.bench import HEADLINES, table_cells
+
+    for keys in (None, HEADLINES):
+        titles, cells = table_cells([replace(row, label=row.name) if row.seed is None else row for row in rows], keys)
+        table = Table(box=box.SIMPLE, header_style="bold", padding=(0, 1, 0, 0))
+        for number, title in enumerate(titles):
+            words = [word for cell in (title, *(line[number] for line in cells)) for word in cell.split()]
+            table.add_column(
+                Text(title), justify="right" if number else "left", min_width=max(map(len, words), default=0)
+            )
+        for line in cells:
+            table.add_row(*map(Text, line))
+        needed = console.measure(table, options=console.options.update(width=10_000)).minimum
+        if needed <= console.width:
+            break
+    console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("score", "score"),
     ("seconds", "seconds"),
     ("peak_mib", "peak MiB"),
+)
+# What is read first, where a terminal has no room for all.
+HEADLINES = frozenset(
+    ("forget_probability", "forget_quality", "mia_auc", "retain_probability", "model_utility", "score")
 )
 
 
@@ -200,17 +204,23 @@ def write_tables(folder: Path, rows: Sequence[BenchRow]) -> None:
     save_recovery_plot([folder / "table.json"], folder / "relearning.png")
 
 
-def markdown(rows: Sequence[BenchRow]) -> str:
-    """The rows as a Markdown table; numbers below 0.001 in scientific notation."""
+def table_cells(rows: Sequence[BenchRow], keys: Collection[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Titles, and the cells of each row: of all columns, or those in `keys`. Below .001 in scientific notation."""
     columns = [(key, title) for key, title in COLUMNS if any(key in row.values for row in rows)]
     columns += recovery_columns(rows)
-    lines = ["| method | seed | " + " | ".join(title for _, title in columns) + " |"]
-    lines.append("|---|---|" + "---|" * len(columns))
-    for row in rows:
-        cells = [_number(row.values.get(key)) for key, _ in columns]
-        seed = "" if row.seed is None else str(row.seed)
-        lines.append(f"| {row.label} | {seed} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    columns = [(key, title) for key, title in columns if keys is None or key in keys]
+    cells = [
+        [row.label, "" if row.seed is None else str(row.seed), *(_number(row.values.get(key)) for key, _ in columns)]
+        for row in rows
+    ]
+    return ["method", "seed", *(title for _, title in columns)], cells
+
+
+def markdown(rows: Sequence[BenchRow]) -> str:
+    """The rows as a Markdown table of all columns."""
+    titles, cells = table_cells(rows)
+    lines = [titles, ["---"] * len(titles), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _number(value: float | None) -> str:
