@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..lab.bench import BenchRow
+    from ..lab.finished import BenchRow
 
 
 def run(command: str, arguments: list[str]) -> int:

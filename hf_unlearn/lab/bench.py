@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..data import tokenize_example
 from ..metrics.functional import harmonic_mean
 from ..metrics.scores import TofuScores
 from .evaluate import score_model
+from .finished import BenchRow, load_run, other_runs, save_run, write_json
 from .memory import PeakMemory
 from .methods import LabMethod, run_method
 from .quickstart import describe
@@ -43,18 +42,6 @@ HEADLINES = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchRow:
-    """One model in the table: numbers by column, and what was run."""
-
-    name: str
-    label: str
-    seed: int | None
-    values: Mapping[str, float]
-    constraints: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
 def run_bench(
     data: LabData,
     methods: Sequence[LabMethod],
@@ -70,7 +57,8 @@ def run_bench(
     """
     Trains (or loads) target and reference, runs every method with every seed, and writes `table.md` and `table.json`.
 
-    A run that is complete in `output_dir/runs/` is not repeated, so the bench resumes where it was stopped.
+    A run that is complete in `output_dir/runs/` is not repeated, so the bench resumes where it was stopped; the table
+    has those of earlier calls, too.
 
     Args:
         data ([`LabData`]):
@@ -92,6 +80,9 @@ def run_bench(
             The reference is the control.
         report (`Callable`, *optional*):
             Gets a line after each run.
+
+    Raises:
+        ValueError: a complete run in `output_dir` is of other models, other scoring or other arguments.
     """
     from transformers import AutoModelForCausalLM
 
@@ -101,13 +92,13 @@ def run_bench(
     options: dict[str, Any] = {"retain_limit": retain_limit, "max_new_tokens": max_new_tokens}
     rows: list[BenchRow] = []
     anchors: dict[str, TofuScores] = {}
-    lab: LabModel | None = None
+    models: dict[str, LabModel] = {}
     for name, train in (("target", train_target), ("reference", train_retain_only)):
         started = time.perf_counter()
         with PeakMemory() as memory:
             trained = train(data, recipe)
         seconds = 0.0 if trained.from_cache else time.perf_counter() - started
-        cache = folder / "scores" / f"{trained.path.name}.json"
+        cache = folder / "scores" / f"{trained.path.name}-{retain_limit or 'all'}-{max_new_tokens}.json"
         anchors[name] = score_model(
             trained.model, trained.tokenizer, data, cache=cache, description=f"evaluating {name}:", **options
         )
@@ -116,12 +107,22 @@ def run_bench(
             extra |= recovery(trained.model, trained.tokenizer, data, relearning)
         rows.append(_row(name, f"{name} ({describe(trained)})", None, anchors[name], anchors, extra))
         report(_line(rows[-1]))
-        lab = trained if name == "target" else lab
-    assert lab is not None
+        models[name] = trained
+    lab = models["target"]
+    settings: dict[str, Any] = {
+        **{name: trained.path.name for name, trained in models.items()},
+        **options,
+        "relearning": [asdict(attacker) for attacker in relearning],
+    }
+    files = [folder / "runs" / f"{method.name}-seed{seed}.json" for seed in seeds for method in methods]
+    finished: dict[Path, BenchRow] = {}
+    for file, method in zip(files, [*methods] * len(seeds), strict=True):  # before anything is trained
+        if file.is_file():
+            finished[file] = load_run(file, settings, method.arguments)
     for seed in seeds:
         for method in methods:
             file = folder / "runs" / f"{method.name}-seed{seed}.json"
-            if not file.is_file():
+            if file not in finished:
                 model = AutoModelForCausalLM.from_pretrained(lab.path)
                 run = run_method(method, model, lab.tokenizer, data, seed=seed, bf16=recipe.bf16)
                 scores = score_model(
@@ -131,11 +132,11 @@ def run_bench(
                 extra |= recovery(run.model, lab.tokenizer, data, relearning)
                 row = _row(method.name, method.label, seed, scores, anchors, extra)
                 row = BenchRow(**{**row.__dict__, "constraints": run.constraints, "arguments": dict(method.arguments)})
-                _write_json(file, {**asdict(row), "history": run.history})
-            payload = json.loads(file.read_text(encoding="utf-8"))
-            payload.pop("history", None)
-            rows.append(BenchRow(**payload))
+                save_run(file, row, settings, run.history)
+                finished[file] = load_run(file, settings, method.arguments)
+            rows.append(finished[file])
             report(_line(rows[-1]))
+    rows += other_runs(folder / "runs", settings, files)
     write_tables(folder, rows)
     return rows
 
@@ -199,7 +200,7 @@ def write_tables(folder: Path, rows: Sequence[BenchRow]) -> None:
     """Writes all rows to `table.json`, a Markdown table to `table.md`, and relearning curves to `relearning.png`."""
     from ..reports.recovery_plot import save_recovery_plot
 
-    _write_json(folder / "table.json", [asdict(row) for row in rows])
+    write_json(folder / "table.json", [asdict(row) for row in rows])
     (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
     save_recovery_plot([folder / "table.json"], folder / "relearning.png")
 
@@ -231,13 +232,3 @@ def _number(value: float | None) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.3f}"
-
-
-def _write_json(file: Path, payload: Any) -> None:
-    from ..reports.plain import pull_non_finite, to_plain
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.partial")
-    finite, _ = pull_non_finite(to_plain(payload))
-    scratch.write_text(json.dumps(finite, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(scratch, file)

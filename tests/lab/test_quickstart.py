@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 
 from hf_unlearn.attacks import RelearnConfig
+from hf_unlearn.cli.lab import print_table
 from hf_unlearn.lab import bench, edit_quickstart, methods, quickstart
+from hf_unlearn.lab.finished import BenchRow
 from hf_unlearn.lab.methods import LabMethod, method_by_name
 from hf_unlearn.lab.recipe import LabData, LabRecipe
 from hf_unlearn.lab.world import make_world, world_data
@@ -187,6 +189,34 @@ def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "run_method", lambda *a, **k: pytest.fail("a complete run was repeated"))
     again = bench.run_bench(data, compared, tmp_path, **options)
     assert [row.values for row in again[2:]] == [row.values for row in rows[2:]]
+    fewer = bench.run_bench(data, compared[1:2], tmp_path, **options)
+    assert [row.name for row in fewer] == ["target", "reference", "npo", "grad_ascent", "primal_dual"], "none is lost"
+    other = [replace(compared[0], arguments={**compared[0].arguments, "learning_rate": 0.5})]
+    with pytest.raises(ValueError, match=r"grad_ascent-seed0\.json is a run with other settings \(arguments\.learning"):
+        bench.run_bench(data, other, tmp_path, **options)
+    with pytest.raises(ValueError, match=r"other settings \(relearning\).*Give another output_dir"):
+        bench.run_bench(data, compared, tmp_path, **{**options, "relearning": []})
+    with pytest.raises(ValueError, match=r"other settings \(max_new_tokens\)"):
+        bench.run_bench(data, compared, tmp_path, **{**options, "max_new_tokens": 9})
+    with pytest.raises(ValueError, match=r"other settings \(reference, target\)"):
+        bench.run_bench(data, compared, tmp_path, **{**options, "recipe": replace(TINY, seed=5)})
+
+
+def test_the_printed_table_fits_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {key: 0.123456 for key, _ in bench.COLUMNS}
+    rows = [
+        BenchRow(name="target", label="target (LlamaForCausalLM, 2.6 M parameters)", seed=None, values=values),
+        BenchRow(name="primal_dual", label="primal-dual, default", seed=3, values={**values, "score": 1e-7}),
+    ]
+    shown = {}
+    for width in (80, 250):
+        print_table(Console(width=width), rows)
+        shown[width] = capsys.readouterr().out
+        assert max(map(len, shown[width].splitlines())) <= width
+        assert "\u2026" not in shown[width], "no number is cut short"
+        assert "1.0e-07" in shown[width]
+    assert "peak MiB" in shown[250]
+    assert "peak MiB" not in shown[80]
 
 
 def test_general_knowledge_is_part_of_the_retain_set_where_a_method_asks_for_it() -> None:
