@@ -128,8 +128,6 @@ def _what(plan: EditPlan, adapter_name: str | None) -> list[list[str]]:
     searched = plan.method == "pcr" and settings.get("eps") is None and settings.get("eps_percentile") is None
     if searched and "probability" in settings:
         rows.append(["Probability that a word may have, at most", _number(settings["probability"])])
-        if settings.get("min_fall", 1.0) > 1:
-            rows.append(["Less likely than before, at least", f"{_number(settings['min_fall'])} times"])
     if "step" in plan.measures:
         rows.append(["After optimizer step", str(plan.measures["step"])])
     rows.append(["Applied as", "merged into the weights" if adapter_name is None else f"adapter `{adapter_name}`"])

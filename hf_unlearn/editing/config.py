@@ -45,9 +45,6 @@ class EditConfig:
         probability (`float`, *optional*, defaults to `1e-6`):
             PCR: the most that this token, and so the word, may have at its places, by a real forward pass. The levels
             of the constraints are searched for it. Not used with `eps` or `eps_percentile`.
-        min_fall (`float`, *optional*, defaults to `1.0`):
-            PCR with `source="unembedding"`: how many times less likely than before it has to become besides, also
-            where it was less likely than `probability` times this number; see [`allowed_odds`].
         source (`str`, *optional*, defaults to `"unembedding"`):
             PCR: what words are in the space of a block's output: `"unembedding"` (directions of the output head),
             `"embedding"` (points: input embeddings, as in the paper) or `"activation"` (points: the block's own mean
@@ -109,7 +106,6 @@ class EditConfig:
     positions: str = field(default="occurrence", metadata={"help": "PCR: places.", "choices": list(POSITIONS)})
     token: str = field(default="distinct", metadata={"help": "PCR: token that stops a word.", "choices": list(TOKENS)})
     probability: float = field(default=1e-6, metadata={"help": "PCR: the most that a word may have."})
-    min_fall: float = field(default=1.0, metadata={"help": "PCR: how many times less likely words become, besides."})
     source: str = field(default="unembedding", metadata={"help": "PCR: what words are.", "choices": list(SOURCES)})
     eps: float | None = field(default=None, metadata={"help": "PCR: distance or level, instead of probability."})
     eps_percentile: float | None = field(default=None, metadata={"help": "PCR: the same by retain activations."})
@@ -152,12 +148,6 @@ class EditConfig:
             raise ValueError(f"words is the string {self.words!r}; expected a list of words.")
         if not 0 < self.probability < 1:
             raise ValueError(f"probability is {self.probability}; expected a number between 0 and 1, both excluded.")
-        if not 1 <= self.min_fall < float("inf"):
-            raise ValueError(
-                f"min_fall is {self.min_fall}; expected a number from 1, which asks for nothing more, on."
-            )
-        if self.min_fall > 1 and (self.source != "unembedding" or not self.searches):
-            raise ValueError("min_fall is part of the search for a probability with source='unembedding' (PCR).")
         if self.eps is not None and self.eps_percentile is not None:
             raise ValueError("eps and eps_percentile are two ways to say the same; give one of them.")
         if self.eps_percentile is not None and not 0 < self.eps_percentile < 100:

@@ -90,8 +90,7 @@ def measure_edits(
 ) -> dict[str, Any]:
     """
     `constrained`: the largest probability at all places that the edit was made for, variants and generated answers
-    included, and `over`: how many times as likely as it may be a word is at the most, where each has a limit of its
-    own. `reach`: the words where the responses of the rows say them. `said`: rows whose greedy answer says a
+    included. `reach`: the words where the responses of the rows say them. `said`: rows whose greedy answer says a
     word. `sampled`: sampled answers that do. `retain_probability`: of the retain rows. `attack`: attack prompts whose
     answer is a success by the judge, and those that are refused. Each before and after; what there is nothing to
     measure on is left out.
@@ -129,8 +128,6 @@ def measure_edits(
         for name, own in states.items():
             odds = run.odds(demands.rows, demands.pairs, own)
             found["constrained"][name] = float(odds.probabilities().max())
-            if name == "after" and demands.limits is not None:
-                found["constrained"]["over"] = float((odds.values - demands.limits).max().exp())
     occurrences = [one for one in find_occurrences(tokenizer, rows, concepts) if one.start > 0]
     if occurrences:
         pairs = occurrence_pairs(rows, occurrences)

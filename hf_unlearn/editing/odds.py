@@ -78,13 +78,10 @@ class Demands:
             Tokenised rows.
         pairs ([`Pairs`]):
             Places in them, and tokens.
-        limits (`Tensor`, *optional*):
-            `(K,)` float64, the most that each pair's log-odds may be, where that is not the same for all.
     """
 
     rows: Sequence[Mapping[str, Any]]
     pairs: Pairs
-    limits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,6 @@ def plan_by_probability(
     pairs: Pairs,
     *,
     probability: float,
-    min_fall: float = 1.0,
     layers: Sequence[int],
     retain_rows: Sequence[Mapping[str, Any]] | None = None,
     retain_limit: int = 4096,
@@ -63,8 +62,7 @@ def plan_by_probability(
     seed: int = 0,
 ) -> tuple[list[LayerEdit], Tensor]:
     r"""
-    Edits under which each pair's token has at most `probability` at its place, by a real forward pass, and at most
-    $\max(p_k, \text{probability}) / \text{min\_fall}$ where the model without them gives it $p_k$.
+    Edits under which each pair's token has at most `probability` at its place, by a real forward pass.
 
     Blocks are edited in ascending order, each on what it sees with the edits of the blocks below in force, and takes
     an equal share of the log-odds that are left. Constraints are half-spaces $w^\top (W + \Delta) h \le \tau$ along
@@ -79,8 +77,6 @@ def plan_by_probability(
             Places and next tokens.
         probability (`float`):
             The most that is allowed.
-        min_fall (`float`, *optional*, defaults to `1.0`):
-            See [`allowed_odds`].
         layers (`Sequence[int]`):
             Blocks, from 1, ascending.
         retain_rows (`Sequence[Mapping]`, *optional*):
@@ -95,57 +91,37 @@ def plan_by_probability(
             Of the choice of retain activations.
 
     Returns:
-        The edits, one for each block, and the most that each pair's log-odds may be, `(K,)`.
+        The edits, one for each block, and the log-odds `(K,)` with all of them in force.
 
     Raises:
         ValueError: no edit that reaches the probability is found.
     """
+    wanted = float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
     weighed = Weighed(rows=retain_rows, limit=retain_limit, ridge=ridge, seed=seed)
-    allowed = partial(allowed_odds, probability=probability, min_fall=min_fall)
     if len(pairs) <= _FEW:
-        edits, after, wanted = _edits(run, rows, pairs, None, allowed, layers, weighed, solver)
+        edits, after = _edits(run, rows, pairs, None, wanted, layers, weighed, solver)
     else:
         before = after = run.odds(rows, pairs).values
-        wanted = allowed(before)
         active = before > wanted - _FAR
         for _ in range(_ROUNDS):
-            edits, *_ = _edits(run, rows, pairs.chosen(active), before[active], allowed, layers, weighed, solver)
+            edits, _ = _edits(run, rows, pairs.chosen(active), before[active], wanted, layers, weighed, solver)
             after = run.odds(rows, pairs, edits).values
             if not bool(((after > wanted) & ~active).any()):
                 break
             active = active | (after > wanted - _FAR / 2)
-    excess, number = (after - wanted).max(0)
-    left, limit = float(after[number].sigmoid()), float(wanted[number].sigmoid())
-    if float(excess) > _CLOSE:
+    highest = float(after.max())
+    if highest > wanted + _CLOSE:
         raise ValueError(
             f"No edit of blocks {list(layers)} was found under which every word has at most a probability of "
-            f"{limit:g}: the lowest leaves one of them {left:.2g}. Allow that (probability=..."
-            + (", min_fall=..." if min_fall > 1 else "")
-            + "), choose more blocks (layers=...), or ask for fewer words."
+            f"{probability:g}: the lowest leaves one of them {float(after.max().sigmoid()):.2g}. Allow that "
+            "(probability=...), choose more blocks (layers=...), or ask for fewer words."
         )
-    if float(excess) > _ROUNDING:
+    if highest > wanted + _ROUNDING:
         logger.warning(
-            f"A word has a probability of {left:.4g} at one of its places, a little above the {limit:g} allowed."
+            f"A word has a probability of {float(after.max().sigmoid()):.4g} at one of its places, a little above "
+            f"{probability:g}."
         )
-    return edits, wanted
-
-
-def allowed_odds(before: Tensor, *, probability: float, min_fall: float) -> Tensor:
-    r"""
-    The most that log-odds may be: those of $\min(p^*, \max(p_k, p^*) / f)$. What the model finds likely falls to the
-    wanted probability $p^*$, and what it finds less likely than $f p^*$ falls $f$ times nevertheless: where a question
-    in other words makes a name half known only, that is what keeps it from being asked out bit by bit.
-
-    Args:
-        before (`Tensor`):
-            `(K,)` float64, log-odds of $p_k$.
-        probability (`float`):
-            $p^*$.
-        min_fall (`float`):
-            $f$, at least 1, which asks for nothing more than $p^*$.
-    """
-    highest = torch.tensor(probability, dtype=torch.float64)
-    return torch.logit(torch.minimum(highest, torch.maximum(before.sigmoid(), highest) / min_fall))
+    return edits, after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,20 +144,20 @@ def _edits(
     rows: Sequence[Mapping[str, Any]],
     pairs: Pairs,
     before: Tensor | None,
-    allowed: Callable[[Tensor], Tensor],
+    wanted: float,
     layers: Sequence[int],
     weighed: Weighed,
     solver: Solver,
-) -> tuple[list[LayerEdit], Tensor, Tensor]:
+) -> tuple[list[LayerEdit], Tensor]:
     """
-    One edit for each block, for pairs all of which matter, their log-odds with all in force, and those that `allowed`
-    makes of what they were; `before` is measured where it is not given.
+    One edit for each block, for pairs all of which matter, and their log-odds with all in force; `before` is measured
+    where it is not given.
     """
     ids, columns = torch.unique(pairs.ids, return_inverse=True)
     places, of_pair = pairs.places()
     directions = unembedding_directions(run.model, ids.tolist())
     edits: list[LayerEdit] = []
-    odds, wanted = before, None if before is None else allowed(before)
+    odds = before
     for number, layer in enumerate(layers):
         share = 1.0 / (len(layers) - number)
         quick = LastBlock.fits(run, layer)
@@ -190,10 +166,8 @@ def _edits(
         view = LastBlock(run, pairs, read, at) if quick else None
         if odds is None:
             odds = run.odds(rows, pairs).values if view is None else view.odds()
-        if wanted is None:
-            wanted = allowed(odds)
         if number == 0 and not bool((odds > wanted).any()):
-            return [_nothing(run.model, layer) for layer in layers], odds, wanted
+            return [_nothing(run.model, layer) for layer in layers], odds
         # a pair that is low enough may rise up to what is allowed
         target = torch.where(odds > wanted, odds - share * (odds - wanted), wanted)
         problem = LevelProblem(
@@ -217,8 +191,7 @@ def _edits(
         edits.append(layer_edit(run.model, layer, found.edit, certificate=certificate))
         odds = found.odds
     assert odds is not None, "there is a block"
-    assert wanted is not None, "there is a block"
-    return edits, odds, wanted
+    return edits, odds
 
 
 def _search(problem: LevelProblem, view: LastBlock | None, real: Callable[[Edit], Tensor]) -> Found:

@@ -32,7 +32,6 @@ from .plan_regions import plan_regions
 from .variants import with_variants
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
@@ -265,7 +264,7 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
             at_names = word_pairs(tokenizer, named, task.concepts, config.positions, task.bos_token_id)
             pairs, rows = at_names.and_then(pairs, len(named)), [*named, *rows]
         places = named_places(named, config.positions, task.bos_token_id) if by_name else ()
-        edits, limits = _solve(task, rows, pairs, places)
+        edits = _solve(task, rows, pairs, places)
         if len(added) >= config.generation_rounds:
             break
         answers = _answers(task, edits)
@@ -274,14 +273,11 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
         if not fresh:
             break
         said += fresh
-    demands = Demands(rows=rows, pairs=pairs, limits=limits) if config.searches and len(pairs) else None
+    demands = Demands(rows=rows, pairs=pairs) if config.searches and len(pairs) else None
     return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}, demands
 
 
-def _solve(
-    task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple[int, int]]
-) -> tuple[list[LayerEdit], Tensor | None]:
-    """Edits, and the limits of the pairs' log-odds where they have limits of their own."""
+def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple[int, int]]) -> list[LayerEdit]:
     config = task.config
     shared: dict[str, Any] = {
         "layers": task.layers,
@@ -293,19 +289,16 @@ def _solve(
     }
     source = cast(Source, config.source)
     if source == "unembedding" and not config.has_level:
-        asked = {"probability": config.probability, "min_fall": config.min_fall}
-        edits, limits = plan_by_probability(task.run, rows, pairs, **asked, **shared)
-        return edits, limits if config.min_fall > 1 else None
+        return plan_by_probability(task.run, rows, pairs, probability=config.probability, **shared)[0]
     places = sorted({*pairs.places()[0], *named})  # texts have places and no tokens
     at_level = partial(
         plan_by_level, task.run, rows, task.concepts, places, source=source, soft_margin=config.soft_margin, **shared
     )
     if config.has_level:
-        return at_level(eps=config.eps, eps_percentile=config.eps_percentile), None
-    edits = plan_points_by_probability(
+        return at_level(eps=config.eps, eps_percentile=config.eps_percentile)
+    return plan_points_by_probability(
         task.run, rows, task.concepts, pairs, probability=config.probability, source=source, **shared
     )
-    return edits, None
 
 
 def _answers(task: _Task, edits: Sequence[LayerEdit]) -> list[Row]:

@@ -72,19 +72,16 @@ def settled_edit(config: EditConfig, stages: Stages, *, model: Any, merge: bool)
         except BaseException:
             stages.undo(applied)
             raise
-        reached = largest_probability(found)
-        over, planned = (times_too_likely(one, asked, wanted) for one in (found, plan.measures))
-        lost = merge and config.searches and over > max(1.0, planned) * ROUNDING
+        reached, planned = largest_probability(found), largest_probability(plan.measures)
+        lost = merge and config.searches and reached > max(wanted, planned) * ROUNDING
         if not lost or number == _TRIES:
             break
         stages.undo(applied)
-        asked = replace(asked, probability=asked.probability / over / 2.0)
-        if asked.min_fall > 1:
-            asked = replace(asked, min_fall=asked.min_fall * over * 2.0)
+        asked = replace(asked, probability=asked.probability * wanted / reached / 2.0)
         if stages.is_main:
             logger.warning(
-                f"The merged weights have taken {min(applied.realised.values()):.0%} of the edit, and a word is still "
-                f"{over:.2g} times as likely as it may be: planning anew for {asked.probability:.2g}."
+                f"The merged weights have taken {min(applied.realised.values()):.0%} of the edit, and a word still "
+                f"has a probability of {reached:.2g}: planning anew for {asked.probability:.2g}."
             )
         try:
             plan = stages.plan(asked)
@@ -94,15 +91,12 @@ def settled_edit(config: EditConfig, stages: Stages, *, model: Any, merge: bool)
                 f"{wanted:g}, and none that aims lower was found. The model is as it was. Apply the edit as an "
                 "adapter, or merge into float32 weights."
             ) from error
-    if stages.is_main and config.searches and over > ROUNDING:
-        which = f"has a probability of {reached:.4g}, above the wanted {wanted:g}"
-        if reached <= wanted * ROUNDING:
-            which = f"is {over:.4g} times as likely as min_fall={config.min_fall:g} allows"
+    if stages.is_main and config.searches and reached > wanted * ROUNDING:
         logger.warning(
-            f"After the edit a word still {which}."
+            f"After the edit a word still has a probability of {reached:.4g}, above the wanted {wanted:g}."
             + (" Rounding eats a part: edit float32 weights, or apply the edit as an adapter." if lost else "")
         )
-    plan = replace(plan, settings={**plan.settings, "probability": wanted, "min_fall": config.min_fall})
+    plan = replace(plan, settings={**plan.settings, "probability": wanted})
     realised = {str(layer): share for layer, share in applied.realised.items()}
     return plan.with_measures(planned_probability=asked.probability, **found, realised=realised), applied
 
@@ -111,15 +105,6 @@ def largest_probability(measures: dict[str, Any]) -> float:
     """Of everything that a plan was asked to bring down, after it; 0 where nothing has a probability."""
     found: float = measures.get("constrained", {}).get("after", 0.0)
     return found
-
-
-def times_too_likely(measures: dict[str, Any], asked: EditConfig, wanted: float) -> float:
-    """
-    How many times as likely a word is as it may be, at the most; 1 and below is as wanted. Limits of single pairs were
-    made for what was `asked`, which may be lower than what is wanted.
-    """
-    over: float = measures.get("constrained", {}).get("over", 0.0)
-    return max(largest_probability(measures) / wanted, over * asked.probability / wanted)
 
 
 def _types(model: Any, plan: EditPlan) -> str:

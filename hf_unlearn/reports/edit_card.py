@@ -76,7 +76,7 @@ def write_edit_card(
     template = files(__package__).joinpath("templates/edit_card.md.j2").read_text(encoding="utf-8")
     held = plan.measures.get("constrained")
     if wanted is not None and held is not None:  # of the model as it is, which a merge has rounded
-        guarded = plan.method == "pcr" and max(held["after"] / wanted, held.get("over", 0.0)) <= ROUNDING
+        guarded = plan.method == "pcr" and held["after"] <= wanted * ROUNDING
     else:
         guarded = plan.method == "pcr" and all(
             edit.certificate.get("reached", edit.certificate.get("feasible", False)) for edit in plan.edits
@@ -89,7 +89,6 @@ def write_edit_card(
         pcr=plan.method == "pcr",
         method=METHOD_NAMES[plan.method],
         wanted=None if wanted is None else f"{wanted:g}",
-        min_fall=f"{fall:g}" if (fall := plan.settings.get("min_fall", 1.0)) > 1 else None,
         guarded=guarded,
         pairs=None if held is None else held["pairs"],
         largest=None if held is None else f"{held['after']:.2g}",

@@ -112,48 +112,6 @@ def test_what_a_merge_loses_is_planned_anew_up_to_three_times(
     same(before, state(model))
 
 
-def test_a_fall_that_a_merge_loses_is_planned_anew(lab: SmallLab, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[float, float]] = []
-    messages: list[str] = []
-    monkeypatch.setattr(settled.logger, "warning", messages.append)
-    verify, plan = constrained.verify_plan, constrained.plan_edit
-
-    def eaten(*given: Any, **options: Any) -> dict[str, Any]:
-        found = verify(*given, **options)
-        if len(asked) == 1:
-            found["constrained"]["over"] = 2.0
-        return found
-
-    def planned(model: Any, tokenizer: Any, dataset: Any, config: EditConfig, **options: Any) -> Any:
-        asked.append((config.probability, config.min_fall))
-        return plan(model, tokenizer, dataset, config, **options)
-
-    monkeypatch.setattr(constrained, "verify_plan", eaten)
-    monkeypatch.setattr(constrained, "plan_edit", planned)
-    wanted = {"probability": 1e-3, "min_fall": 50.0, "variants": 0, "max_new_tokens": 1}
-    result = edit(lab, lab.model(), wanted, merge=True)
-    assert asked == [(1e-3, 50.0), (pytest.approx(2.5e-4), 200.0)]
-    assert "a word is still 2 times as likely as it may be: planning anew for 0.00025" in messages[-1]
-    settings = result.plan.settings
-    assert (settings["probability"], settings["min_fall"]) == (1e-3, 50.0)
-    assert result.plan.measures["constrained"]["over"] <= 1.001, "of what the last plan asked for"
-
-
-def test_an_adapter_that_falls_short_is_warned_of(lab: SmallLab, monkeypatch: pytest.MonkeyPatch) -> None:
-    messages: list[str] = []
-    monkeypatch.setattr(settled.logger, "warning", messages.append)
-    verify = constrained.verify_plan
-
-    def missed(*given: Any, **options: Any) -> dict[str, Any]:
-        found = verify(*given, **options)
-        found["constrained"]["over"] = 3.0
-        return found
-
-    monkeypatch.setattr(constrained, "verify_plan", missed)
-    edit(lab, lab.model(), {"probability": 1e-3, "min_fall": 50.0, "variants": 0, "max_new_tokens": 1})
-    assert "a word still is 3 times as likely as min_fall=50 allows." in messages[-1]
-
-
 def test_a_loss_that_no_lower_plan_makes_good_is_refused_and_the_model_stays(
     lab: SmallLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

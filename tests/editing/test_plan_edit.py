@@ -117,46 +117,6 @@ def test_words_end_below_the_probability_and_retained_answers_stay(lab: SmallLab
     assert alone < kept["after"], "the retain rows are weighed"
 
 
-def demanded(model: Any, plan: EditPlan) -> torch.Tensor:
-    """The probability of everything that a plan was asked to bring down, one place at a time."""
-    assert plan.demands is not None
-    rows, pairs = plan.demands.rows, plan.demands.pairs
-    found = []
-    with torch.no_grad():
-        for row, place, token in zip(pairs.rows.tolist(), pairs.tokens.tolist(), pairs.ids.tolist(), strict=True):
-            ids = torch.tensor([rows[row]["input_ids"][: place + 1]])
-            found.append(model(input_ids=ids).logits[0, -1].double().softmax(0)[token])
-    return torch.stack(found)
-
-
-@pytest.mark.parametrize("few", [True, False])
-def test_what_was_half_known_falls_as_far_as_asked(lab: SmallLab, monkeypatch: pytest.MonkeyPatch, few: bool) -> None:
-    if not few:
-        monkeypatch.setattr(pcr, "_FEW", 0)  # pairs that are low enough are then left out at first
-    model = lab.model()
-    plan = plan_of(lab, model, variants=6, probability=1e-3, min_fall=300.0)
-    before = demanded(model, plan)
-    with edits_in_force(model, plan.edits):
-        after = demanded(model, plan)
-    allowed = torch.tensor([min(1e-3, max(p, 1e-3) / 300.0) for p in before.tolist()], dtype=torch.float64)
-    assert float(before.min()) < 0.2 < 0.4 < float(before.max()), "some are half known, and others wholly"
-    over = float((after / allowed).max())
-    assert over <= 1.001
-    assert plan.measures["constrained"]["over"] == pytest.approx(over, rel=1e-2)
-    plain = plan_of(lab, model, variants=6, probability=1e-3)
-    assert "over" not in plain.measures["constrained"]
-    with edits_in_force(model, plain.edits):
-        assert float((demanded(model, plain) / allowed).max()) > 1.5, "a probability alone does not ask for that"
-
-
-def test_the_most_that_log_odds_may_be_is_that_of_the_smaller_probability() -> None:
-    before = torch.tensor([1 - 1e-9, 0.5, 0.01, 1e-3, 1e-5], dtype=torch.float64)
-    found = pcr.allowed_odds(before.logit(), probability=1e-3, min_fall=100.0).sigmoid()
-    torch.testing.assert_close(found, torch.tensor([1e-3, 1e-3, 1e-4, 1e-5, 1e-5], dtype=torch.float64))
-    found = pcr.allowed_odds(before.logit(), probability=1e-3, min_fall=1.0).sigmoid()
-    torch.testing.assert_close(found, torch.full_like(before, 1e-3))
-
-
 def measured_retain(model: Any, lab: SmallLab) -> float:
     rows = []
     for row in lab.rows("retain"):
