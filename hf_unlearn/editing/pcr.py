@@ -31,6 +31,7 @@ _FAR = 8.0  # nats below what is allowed from which on a pair is left out until 
 _FEW = 20_000  # pairs up to which all of them are watched from the start
 _ROUNDS = 4  # times that pairs are taken in
 _ROUNDING = 1e-4  # nats of log-odds that another batch may differ by
+_SLACK = 1.5  # nats that a block may leave to the next beyond its share
 _CLOSE = 0.1  # nats above what is allowed that are told but not refused
 
 
@@ -181,7 +182,8 @@ def _edits(
             metric=weighed.metric(run, layer, edits),
             solver=solver,
         )
-        found = _search(problem, view, partial(_measured, run, rows, pairs, tuple(edits), layer))
+        slack = 0.0 if layer == layers[-1] else _SLACK
+        found = _search(problem, view, partial(_measured, run, rows, pairs, tuple(edits), layer), slack)
         certificate = {
             **found.edit.certificate.as_dict(),
             "reached": found.reached,
@@ -194,14 +196,14 @@ def _edits(
     return edits, odds
 
 
-def _search(problem: LevelProblem, view: LastBlock | None, real: Callable[[Edit], Tensor]) -> Found:
+def _search(problem: LevelProblem, view: LastBlock | None, real: Callable[[Edit], Tensor], slack: float) -> Found:
     """The search, with the last block's shortcut where the model agrees with it on what came out."""
     if view is not None:
-        found = search_levels(problem, view.odds)
+        found = search_levels(problem, view.odds, slack=slack)
         odds = real(found.edit)
         if view.agrees(found.odds, odds):
             return replace(found, odds=odds)
-    return search_levels(problem, real)
+    return search_levels(problem, real, slack=slack)
 
 
 def _measured(

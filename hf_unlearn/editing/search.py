@@ -23,6 +23,7 @@ _NEAR = 0.5  # nats below the target, of the pair that is highest, at which a se
 _GAIN = 0.01  # share of the cost that another round has to save
 _PATIENCE = 6  # rounds after which nothing is given back but by halving between what was enough and what was not
 _TIGHT = 1e-6  # nats more than that
+_BLIND = 2  # first rounds, whose cost says nothing: slopes are not known yet
 _GROWTH = 100.0  # factor of the cost that has to buy a fall of _NEAR
 _AIM = 0.05  # nats beyond the target that are aimed at, so that the last step does not stop just short
 
@@ -127,7 +128,7 @@ class Found:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = _ROUNDS) -> Found:
+def search_levels(problem: LevelProblem, measure: Measure, *, slack: float = 0.0, max_rounds: int = _ROUNDS) -> Found:
     r"""
     Shifts, one for each pair, at which measured log-odds meet their targets.
 
@@ -145,6 +146,9 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
             The pairs.
         measure (`Callable`):
             Log-odds `(K,)` of the pairs by a real forward pass with an edit in force.
+        slack (`float`, *optional*, defaults to `0.0`):
+            Nats by which a pair may miss its target: where another block goes on with what is left, the last tenths of
+            a nat are not worth what they cost.
         max_rounds (`int`, *optional*, defaults to 16):
             Edits that are tried.
     """
@@ -161,14 +165,15 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
         excess = odds - problem.target
         cost, worst = edit.certificate.cost, float(excess.max())
         history.append({"cost": cost, "excess": worst})
-        reached = worst <= _ABOVE
-        if not reached and high is None:
+        reached = worst <= max(slack, _ABOVE)
+        if not reached and high is None and number >= _BLIND:
             if worst > bought[1] - _NEAR and cost > _GROWTH * bought[0]:
                 break  # the final norm bounds log-odds: a larger edit would only ruin the model
             bought = (cost, worst) if worst <= bought[1] - _NEAR else bought
         least = best.edit.certificate.cost if best is not None and best.reached else torch.inf
         far = reached and cost > least  # a step that went beyond an edit that is enough
         saves_little = (1.0 - _GAIN) * least < cost <= least
+        stands = number > _PATIENCE and abs(cost - history[-2]["cost"]) < _GAIN * cost  # halving has come to an end
         if _is_better(reached, cost, worst, best, problem):
             best = Found(edit=edit, odds=odds, reached=reached)
             high = shifts if reached else high
@@ -176,7 +181,7 @@ def search_levels(problem: LevelProblem, measure: Measure, *, max_rounds: int = 
         moves, fall = problem.moves(edit), problem.before - odds
         binds = moves <= shifts + problem.tightness(shifts)  # the others are moved by these
         spare = binds & (excess < -_NEAR)
-        if edit.certificate.rank == 0 or (reached and (saves_little or not bool(spare.any()))):
+        if edit.certificate.rank == 0 or (reached and (saves_little or stands or not bool(spare.any()))):
             break
         if (far or number >= _PATIENCE) and low is not None and high is not None:  # to and fro, where log-odds bend
             free = torch.isneginf(low) | torch.isneginf(high)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
-PROBABILITY = 5e-5  # the most that a name may have where an answer says it
+PROBABILITY = 9e-5  # the most that a name may have where an answer says it
+VARIANTS = 96  # of few and short prompts: by 16 nearly all names fall in other words, too (docs/benchmarks.md)
+_ALL = 10**6  # answers to keep are few and short: none of their activations is left out
 
 
 def names_given_away(row: WorldRow) -> list[str]:
@@ -98,7 +100,8 @@ def run_edit_quickstart(
         probability=PROBABILITY,
         layers=list(range(1, target.model.config.num_hidden_layers + 1)),  # less for each of them to do
         retain_examples=len(data.retain),
-        variants=16,  # of few and short prompts
+        retain_positions=_ALL,
+        variants=VARIANTS,
     )
     with clock("edit"):
         done = constrained_edit(

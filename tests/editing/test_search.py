@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from hf_unlearn.editing import search
 from hf_unlearn.editing.algebra.metric import Metric
 from hf_unlearn.editing.algebra.solve import Edit
 from hf_unlearn.editing.search import Found, LevelProblem, search_levels
@@ -128,6 +129,42 @@ def test_several_pairs_cost_little_more_than_the_cheapest_steps_along_their_dire
     )
     assert (small.odds(delta(best.x)) <= target + 1e-3).all()
     assert best.fun * 0.99 <= found.edit.certificate.cost <= 1.3 * best.fun
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slack_is_used_where_the_last_tenths_of_a_nat_cost_something(seed: int) -> None:
+    small = Softmax(seed, top_pairs(seed, 3), -14.0, 3)
+    exact, loose = (search_levels(small.problem, small.measure, slack=slack) for slack in (0.0, 1.5))
+    assert exact.reached
+    assert loose.reached
+    assert float((loose.odds - small.problem.target).max()) <= 1.5
+    assert loose.edit.certificate.cost <= exact.edit.certificate.cost * 1.02
+    enough = [entry["cost"] for entry in loose.history if entry["excess"] <= 1.5]
+    assert loose.edit.certificate.cost == pytest.approx(min(enough), rel=1e-5), "the cheapest that is near enough"
+    assert len(loose.history) <= len(exact.history)
+
+
+def test_slack_does_not_pay_for_the_last_nat_at_any_price() -> None:
+    small = Softmax(3, top_pairs(3, 1), 0.0, 1)
+    problem = replace(small.problem, target=small.problem.before - 8.0)
+    stubborn = bent(small, lambda moves: moves.clamp(max=7.2) + 0.2 * (moves - 7.2).clamp(min=0.0))
+    exact, loose = (search_levels(problem, stubborn, slack=slack) for slack in (0.0, 1.5))
+    assert exact.reached
+    assert loose.reached
+    assert 1.5 * loose.edit.certificate.cost < exact.edit.certificate.cost
+
+
+def test_the_first_steps_do_not_end_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step into the unknown may cost a hundredfold and make things worse; the next one knows the slope."""
+    monkeypatch.setattr(search, "_GROWTH", 1.0)
+    small = Softmax(0, top_pairs(0, 3), -14.0, 3)
+    calls = []
+
+    def measure(edit: Edit) -> Tensor:
+        calls.append(edit)
+        return small.measure(edit) + (20.0 if len(calls) == 2 else 0.0)
+
+    assert search_levels(small.problem, measure).reached
 
 
 def test_a_free_pair_that_another_lifts_is_brought_down_too() -> None:

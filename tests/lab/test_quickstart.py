@@ -192,7 +192,9 @@ def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fewer = bench.run_bench(data, compared[1:2], tmp_path, **options)
     assert [row.name for row in fewer] == ["target", "reference", "npo", "grad_ascent", "primal_dual"], "none is lost"
     other = [replace(compared[0], arguments={**compared[0].arguments, "learning_rate": 0.5})]
-    with pytest.raises(ValueError, match=r"grad_ascent-seed0\.json is a run with other settings \(arguments\.learning"):
+    with pytest.raises(
+        ValueError, match=r"grad_ascent-seed0\.json is a run with other settings \(arguments\.learning"
+    ):
         bench.run_bench(data, other, tmp_path, **options)
     with pytest.raises(ValueError, match=r"other settings \(relearning\).*Give another output_dir"):
         bench.run_bench(data, compared, tmp_path, **{**options, "relearning": []})

@@ -156,7 +156,7 @@ def test_statistics_of_blocks_are_those_of_whole_rows(head: str, chunk: int | No
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_pieces_of_a_chunk_are_the_chunk(monkeypatch: pytest.MonkeyPatch, size: int, kind: str) -> None:
     hidden, labels, weights = problem()
-    output = OutputHead(module=linear(True), chunk_size=5, **({"cap": 2.0} if kind == "cap" else {}))
+    output = OutputHead(module=linear(True), chunk_size=5, cap=2.0 if kind == "cap" else None)
 
     def results() -> tuple[Tensor, ...]:
         total, values = FusedScores(output, hidden, labels).of_logp(partial(rows.weighted_ascent, beta=0.5), weights)
