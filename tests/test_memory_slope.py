@@ -14,8 +14,13 @@ PAGE = 4 / 1024  # MiB
 
 
 @pytest.fixture(scope="module")
-def least_squares() -> Any:
-    return runpy.run_path(str(Path(__file__).parent / "benchmarks" / "leak.py"))["least_squares"]
+def leak() -> Any:
+    return runpy.run_path(str(Path(__file__).parent / "benchmarks" / "leak.py"))
+
+
+@pytest.fixture(scope="module")
+def least_squares(leak: Any) -> Any:
+    return leak["least_squares"]
 
 
 def jumps(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -46,6 +51,19 @@ def test_a_page_or_two_are_no_slope_and_many_are(least_squares: Any) -> None:
     assert found[2] <= 5
     assert found[8] >= 95, "32 bytes a step"
     assert found[12] == 100
+
+
+@pytest.mark.parametrize(("bytes_a_step", "seen"), [(0, False), (64, True)])
+def test_a_leak_is_seen_through_what_differs_between_batches(leak: Any, bytes_a_step: int, seen: bool) -> None:
+    """Noise of the size that a run has, 18 KiB, and whole pages."""
+    rng = np.random.default_rng(3)
+    count = 0
+    for _ in range(100):
+        pages = np.floor(bytes_a_step * STEPS / 4096 + rng.random())
+        memory = 500 + PAGE * (pages + rng.normal(scale=4.6, size=len(STEPS)).round())
+        slope, error = leak["least_squares"](leak["pooled"](STEPS), leak["pooled"](memory))
+        count += slope - 1.96 * error > 0
+    assert count >= 95 if seen else count <= 3
 
 
 def test_memory_that_goes_to_and_fro_has_no_slope_more_often_than_one_time_in_twenty(least_squares: Any) -> None:

@@ -32,6 +32,7 @@ from hf_unlearn.trainers import PrimalDualConfig, PrimalDualTrainer
 MIB = 2**20
 WARM_UP = 200  # steps before the first sample: lazy imports and the allocator's arenas come into being
 EVERY = 5  # steps between samples
+POOL = 10  # samples whose mean is one point of the line: what differs between batches is no growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,12 @@ def least_squares(steps: ArrayLike, values: ArrayLike) -> tuple[float, float]:
     for lag in range(1, lags + 1):
         variance += 2.0 * (1.0 - lag / (lags + 1)) * (scores[lag:] @ scores[:-lag])
     return slope, math.sqrt(max(float(variance), 0.0))
+
+
+def pooled(values: ArrayLike) -> np.ndarray:
+    """Means of [`POOL`] samples each; what is left over at the end is not used."""
+    whole = np.asarray(values, dtype=np.float64)
+    return whole[: len(whole) // POOL * POOL].reshape(-1, POOL).mean(axis=1)
 
 
 def resident_bytes() -> int:
@@ -150,7 +157,7 @@ class Memory(TrainerCallback):
         """A line through each."""
         found = {}
         for name, values in self.values.items():
-            slope, error = least_squares(self.steps, values)
+            slope, error = least_squares(pooled(self.steps), pooled(values))
             found[name] = Slope(slope=1_000 * slope, error=1_000 * error, samples=len(values), last=float(values[-1]))
         return found
 
