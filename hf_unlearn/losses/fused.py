@@ -221,29 +221,23 @@ class LogpSum(_Fused):
         wide = upcast(hidden).dtype
         values = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         for part in sums.slices():
-            rows = sums.rows(part)
+            rows, labels = sums.rows(part), targets[part].unsqueeze(-1)
+            chosen = rows.gather(-1, labels)
+            top = rows.amax(dim=-1, keepdim=True)
             # `rows` itself is needed again only for the slope of a cap
-            grad = rows if head.cap is None else torch.empty_like(rows)
-            # a few rows at a time: one pass over memory where each step below would be one
-            for few in head.pieces(len(rows), rows.shape[1], rows.device):
-                at = slice(part.start + few.start, part.start + few.stop)
-                labels = targets[at].unsqueeze(-1)
-                chosen = rows[few].gather(-1, labels)
-                top = rows[few].amax(dim=-1, keepdim=True)
-                mass = torch.sub(rows[few], top, out=grad[few]).exp_()
-                size = mass.sum(dim=-1, keepdim=True)
-                with torch.enable_grad():
-                    logp = (chosen - top - size.log()).squeeze(-1).requires_grad_()
-                    value = function(logp)
-                values[at] = value.detach().to(wide)
-                if not sums.needs_grad:
-                    continue
-                scale = torch.ones_like(value) if row_weights is None else row_weights[at].to(value)
-                (slope,) = torch.autograd.grad(value, logp, scale)
-                slope = slope.unsqueeze(-1)
-                mass.mul_(-slope / size).scatter_add_(-1, labels, slope)
-            if sums.needs_grad:
-                sums.add(part, grad, rows)
+            mass = (rows if head.cap is None else rows.clone()).sub_(top).exp_()
+            size = mass.sum(dim=-1, keepdim=True)
+            with torch.enable_grad():
+                logp = (chosen - top - size.log()).squeeze(-1).requires_grad_()
+                value = function(logp)
+            values[part] = value.detach().to(wide)
+            if not sums.needs_grad:
+                continue
+            scale = torch.ones_like(value) if row_weights is None else row_weights[part].to(value)
+            (slope,) = torch.autograd.grad(value, logp, scale)
+            slope = slope.unsqueeze(-1)
+            grad = mass.mul_(-slope / size).scatter_add_(-1, labels, slope)
+            sums.add(part, grad, rows)
         _Fused.finish(ctx, sums.grads(), hidden, weight, bias, tap, 5)
         ctx.mark_non_differentiable(values)
         total = (values if row_weights is None else values * row_weights.to(values)).sum()

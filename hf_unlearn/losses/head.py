@@ -105,11 +105,6 @@ class OutputHead:
         size = max(1, budget // max(rows, 1))
         return (slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size))
 
-    def pieces(self, rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-        """Slices of a chunk of `rows` rows that are as large as a block: they stay in a CPU's cache."""
-        size = max(1, _BLOCK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // max(vocabulary, 1))
-        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
     def finish(self, rows: Tensor) -> Tensor:
         """Scale and cap of raw logits `(n, V)`, in float32 or wider. May work in place on a float32 copy."""
         rows = upcast(rows)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_unlearn.losses import head as heads
 from hf_unlearn.losses import rows
 from hf_unlearn.losses.blocks import LinearBlocks
 from hf_unlearn.losses.fused import KnownLogpSum, LogpSum, RowSum, TopGap, WeightTap
@@ -150,26 +149,6 @@ def test_statistics_of_blocks_are_those_of_whole_rows(head: str, chunk: int | No
     torch.testing.assert_close(known.maximum, logits.amax(-1, keepdim=True) if n else logits[:, :1])
     torch.testing.assert_close(known.mass, (logits - known.maximum).exp().sum(-1, keepdim=True))
     torch.testing.assert_close(known.argmax, torch.full((n,), 5))
-
-
-@pytest.mark.parametrize("kind", ["cap", "plain"])
-@pytest.mark.parametrize("size", [1, 3, 100])
-def test_pieces_of_a_chunk_are_the_chunk(monkeypatch: pytest.MonkeyPatch, size: int, kind: str) -> None:
-    hidden, labels, weights = problem()
-    output = OutputHead(module=linear(True), chunk_size=5, cap=2.0 if kind == "cap" else None)
-
-    def results() -> tuple[Tensor, ...]:
-        total, values = FusedScores(output, hidden, labels).of_logp(partial(rows.weighted_ascent, beta=0.5), weights)
-        return (total, values, *torch.autograd.grad(total, [hidden, *output.module.parameters()]))
-
-    monkeypatch.setattr(heads, "_BLOCK_ELEMENTS", {"cpu": 2**21})
-    whole = results()
-    monkeypatch.setattr(heads, "_BLOCK_ELEMENTS", {"cpu": size * V})
-    assert [few.stop - few.start for few in output.pieces(5, V, hidden.device)] == {1: [1] * 5, 3: [3, 2], 100: [5]}[
-        size
-    ]
-    for one, other in zip(results(), whole, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def test_a_second_backward_pass_over_one_graph_is_refused() -> None:
