@@ -18,7 +18,7 @@ from .memory import PeakMemory
 from .methods import LabMethod, run_method
 from .quickstart import describe
 from .recipe import LabData, LabRecipe
-from .training import LabModel, train_retain_only, train_target
+from .training import LabModel, model_path, train_retain_only, train_target
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("forget_probability", "forget prob."),
@@ -92,7 +92,17 @@ def run_bench(
     options: dict[str, Any] = {"retain_limit": retain_limit, "max_new_tokens": max_new_tokens}
     rows: list[BenchRow] = []
     anchors: dict[str, TofuScores] = {}
-    models: dict[str, LabModel] = {}
+    settings: dict[str, Any] = {
+        "target": model_path(data, recipe, with_forget=True).name,
+        "reference": model_path(data, recipe, with_forget=False).name,
+        **options,
+        "relearning": [asdict(attacker) for attacker in relearning],
+    }
+    runs = [(method, seed, folder / "runs" / f"{method.name}-seed{seed}.json") for seed in seeds for method in methods]
+    finished = {  # what does not fit is refused before anything is trained
+        file: load_run(file, settings, method.arguments) for method, _, file in runs if file.is_file()
+    }
+    lab: LabModel | None = None
     for name, train in (("target", train_target), ("reference", train_retain_only)):
         started = time.perf_counter()
         with PeakMemory() as memory:
@@ -107,36 +117,22 @@ def run_bench(
             extra |= recovery(trained.model, trained.tokenizer, data, relearning)
         rows.append(_row(name, f"{name} ({describe(trained)})", None, anchors[name], anchors, extra))
         report(_line(rows[-1]))
-        models[name] = trained
-    lab = models["target"]
-    settings: dict[str, Any] = {
-        **{name: trained.path.name for name, trained in models.items()},
-        **options,
-        "relearning": [asdict(attacker) for attacker in relearning],
-    }
-    files = [folder / "runs" / f"{method.name}-seed{seed}.json" for seed in seeds for method in methods]
-    finished: dict[Path, BenchRow] = {}
-    for file, method in zip(files, [*methods] * len(seeds), strict=True):  # before anything is trained
-        if file.is_file():
+        lab = trained if name == "target" else lab
+    assert lab is not None, "the target is one of the two"
+    for method, seed, file in runs:
+        if file not in finished:
+            model = AutoModelForCausalLM.from_pretrained(lab.path)
+            run = run_method(method, model, lab.tokenizer, data, seed=seed, bf16=recipe.bf16)
+            scores = score_model(run.model, lab.tokenizer, data, description=f"evaluating {method.label}:", **options)
+            extra = {"seconds": run.seconds, "peak_mib": run.peak_bytes / 2**20}
+            extra |= recovery(run.model, lab.tokenizer, data, relearning)
+            row = _row(method.name, method.label, seed, scores, anchors, extra)
+            row = BenchRow(**{**row.__dict__, "constraints": run.constraints, "arguments": dict(method.arguments)})
+            save_run(file, row, settings, run.history)
             finished[file] = load_run(file, settings, method.arguments)
-    for seed in seeds:
-        for method in methods:
-            file = folder / "runs" / f"{method.name}-seed{seed}.json"
-            if file not in finished:
-                model = AutoModelForCausalLM.from_pretrained(lab.path)
-                run = run_method(method, model, lab.tokenizer, data, seed=seed, bf16=recipe.bf16)
-                scores = score_model(
-                    run.model, lab.tokenizer, data, description=f"evaluating {method.label}:", **options
-                )
-                extra = {"seconds": run.seconds, "peak_mib": run.peak_bytes / 2**20}
-                extra |= recovery(run.model, lab.tokenizer, data, relearning)
-                row = _row(method.name, method.label, seed, scores, anchors, extra)
-                row = BenchRow(**{**row.__dict__, "constraints": run.constraints, "arguments": dict(method.arguments)})
-                save_run(file, row, settings, run.history)
-                finished[file] = load_run(file, settings, method.arguments)
-            rows.append(finished[file])
-            report(_line(rows[-1]))
-    rows += other_runs(folder / "runs", settings, files)
+        rows.append(finished[file])
+        report(_line(rows[-1]))
+    rows += other_runs(folder / "runs", settings, [file for *_, file in runs])
     write_tables(folder, rows)
     return rows
 

@@ -47,13 +47,20 @@ def train_retain_only(data: LabData, recipe: LabRecipe | None = None, *, use_cac
     return _train(data, recipe or LabRecipe(), with_forget=False, use_cache=use_cache)
 
 
+def model_path(data: LabData, recipe: LabRecipe, *, with_forget: bool) -> Path:
+    """Where the target is or will be kept, or without forget rows the reference; the name tells recipe and data."""
+    rows = data.training_rows(with_forget=with_forget)
+    kind = "target" if with_forget else "retain-only"
+    return cache_directory() / "lab" / f"{data.name}-{kind}-{recipe_hash(recipe, data.texts(), rows)}"
+
+
 def _train(data: LabData, recipe: LabRecipe, *, with_forget: bool, use_cache: bool) -> LabModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = data.training_rows(with_forget=with_forget)
     texts = data.texts()
     kind = "target" if with_forget else "retain-only"
-    path = cache_directory() / "lab" / f"{data.name}-{kind}-{recipe_hash(recipe, texts, rows)}"
+    path = model_path(data, recipe, with_forget=with_forget)
     if use_cache and (path / "config.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(path)
         return LabModel(model=model, tokenizer=AutoTokenizer.from_pretrained(path), path=path, from_cache=True)

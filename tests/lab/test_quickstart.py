@@ -191,6 +191,8 @@ def test_bench_compares_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [row.values for row in again[2:]] == [row.values for row in rows[2:]]
     fewer = bench.run_bench(data, compared[1:2], tmp_path, **options)
     assert [row.name for row in fewer] == ["target", "reference", "npo", "grad_ascent", "primal_dual"], "none is lost"
+    for train in ("train_target", "train_retain_only"):
+        monkeypatch.setattr(bench, train, lambda *a, **k: pytest.fail("trained before looking at what is there"))
     other = [replace(compared[0], arguments={**compared[0].arguments, "learning_rate": 0.5})]
     with pytest.raises(
         ValueError, match=r"grad_ascent-seed0\.json is a run with other settings \(arguments\.learning"

@@ -200,7 +200,7 @@ def test_modules_combine_in_one_call_and_in_pieces() -> None:
     inputs = {"predictions": NLL, "references": WRONG}
     names = ("truth_ratio", "normalised_probability")
     expected = {**CASES["truth_ratio"][2], **CASES["normalised_probability"][2]}
-    combined = evaluate.combine([module_path(name) for name in names])  # type: ignore[arg-type]
+    combined = evaluate.combine([module_path(name) for name in names])  # type: ignore[arg-type]  # names, too, say its docs
     assert_equal(combined.compute(**inputs), expected)
     for batch in batches(inputs, (5, 7)):
         combined.add_batch(**batch)

@@ -43,7 +43,7 @@ class UnlearningMetric(evaluate.Metric):
 
     def score(self, *args: Any, **inputs: Any) -> dict[str, Any]:
         """Scores by name, of `predictions`, mostly `references`, and settings: each metric says which, by keyword."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every module below has its own
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **inputs: Any) -> None:
         """Add a batch of rows, as `evaluate.Metric.add_batch` does.
