@@ -42,6 +42,10 @@ class EditConfig:
             PCR with `positions="occurrence"`: the token by which a word is stopped where a row says it. `"distinct"`:
             the one by which it differs from what retain rows say, see [`distinct_token`]; the first without retain
             rows, with levels, and with points. `"first"`: the first, so that the word cannot even begin.
+        tokens_per_word (`int`, *optional*, defaults to `1`):
+            With `token="distinct"`: so many tokens of a word share what it has to lose, where it has as many from
+            there on: each of n may have the n-th root of `probability`. Cheaper than to ask all of one token, and it
+            holds further; a single token is forbidden less.
         probability (`float`, *optional*, defaults to `1e-6`):
             PCR: the most that this token, and so the word, may have at its places, by a real forward pass. The levels
             of the constraints are searched for it. Not used with `eps` or `eps_percentile`.
@@ -74,6 +78,9 @@ class EditConfig:
             At most so many retain rows are read.
         retain_positions (`int`, *optional*, defaults to `4096`):
             At most so many of their activations are weighed.
+        weigh_retain (`bool`, *optional*, defaults to `False`):
+            PCR with `probability` and directions: a first edit is made for the rows alone, and retain activations are
+            then weighed by what it costs their answers, see [`retain_weights`]. Keeps more, takes longer.
         radius (`float`, *optional*, defaults to `0.05`):
             TSR, ARR: largest norm of the edit, as a share of the matrix's own (`radius_unit="relative"`) or as it is.
         radius_unit (`str`, *optional*, defaults to `"relative"`):
@@ -105,6 +112,7 @@ class EditConfig:
     layers: list[int] | None = field(default=None, metadata={"help": "Blocks to edit, from 1. Default: the last."})
     positions: str = field(default="occurrence", metadata={"help": "PCR: places.", "choices": list(POSITIONS)})
     token: str = field(default="distinct", metadata={"help": "PCR: token that stops a word.", "choices": list(TOKENS)})
+    tokens_per_word: int = field(default=1, metadata={"help": "PCR: distinct tokens that share a word's fall."})
     probability: float = field(default=1e-6, metadata={"help": "PCR: the most that a word may have."})
     source: str = field(default="unembedding", metadata={"help": "PCR: what words are.", "choices": list(SOURCES)})
     eps: float | None = field(default=None, metadata={"help": "PCR: distance or level, instead of probability."})
@@ -118,6 +126,7 @@ class EditConfig:
     samples: int = field(default=4, metadata={"help": "Answers to each row that are sampled to measure."})
     retain_examples: int = field(default=400, metadata={"help": "Retain rows that are read, at most."})
     retain_positions: int = field(default=4096, metadata={"help": "Retain activations, at most."})
+    weigh_retain: bool = field(default=False, metadata={"help": "PCR: weigh retain tokens by what they would lose."})
     radius: float = field(default=0.05, metadata={"help": "TSR, ARR: largest norm of the edit."})
     radius_unit: str = field(
         default="relative", metadata={"help": "TSR, ARR: unit of radius.", "choices": ["relative", "absolute"]}
@@ -148,6 +157,11 @@ class EditConfig:
             raise ValueError(f"words is the string {self.words!r}; expected a list of words.")
         if not 0 < self.probability < 1:
             raise ValueError(f"probability is {self.probability}; expected a number between 0 and 1, both excluded.")
+        if self.tokens_per_word > 1 and (self.token != "distinct" or self.positions != "occurrence"):
+            raise ValueError(
+                f"tokens_per_word is {self.tokens_per_word}, which is about tokens within words; it needs "
+                "token='distinct' and positions='occurrence'."
+            )
         if self.eps is not None and self.eps_percentile is not None:
             raise ValueError("eps and eps_percentile are two ways to say the same; give one of them.")
         if self.eps_percentile is not None and not 0 < self.eps_percentile < 100:
@@ -160,6 +174,7 @@ class EditConfig:
         if self.soft_margin is not None and not self.has_level:
             raise ValueError("soft_margin needs eps or eps_percentile: a wanted probability is a hard limit.")
         least = {
+            "tokens_per_word": 1,
             "variants": 0,
             "generation_rounds": 0,
             "max_new_tokens": 1,

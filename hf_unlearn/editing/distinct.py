@@ -1,4 +1,4 @@
-"""Which token of a word is made unlikely: the one by which it is least like what has to stay."""
+"""Which tokens of a word are made unlikely: those by which it is least like what has to stay."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ class SaidText:
         return len(places)
 
 
-def distinct_token(tokens: Sequence[int], said: SaidText) -> int:
+def distinct_tokens(tokens: Sequence[int], said: SaidText, count: int = 1) -> list[int]:
     """
-    The place in a word's tokens of the one to make unlikely.
+    The places in a word's tokens of those to make unlikely, ascending.
 
     What the word begins with may begin other words, too, and those would lose as much: "Jinshin" of one person's name
     is another's. So the word is followed up to where nothing that has to stay goes on like it, and from there on the
-    token is taken that follows the one before it most rarely; of several, the rarest, then the first.
+    tokens are taken that follow the one before them most rarely; of several, the rarest, then the first.
 
     Args:
         tokens (`Sequence[int]`):
             The word.
         said ([`SaidText`]):
             What has to stay. Where it says the whole word, the last token is left.
+        count (`int`, *optional*, defaults to `1`):
+            So many, where the word has as many from there on.
     """
     last = len(tokens) - 1
     leaves = next((at for at in range(last) if not said.count(tokens[: at + 1])), last)
-    return min(
+    rarest = sorted(
         range(leaves, len(tokens)),
         key=lambda at: (said.count(tokens[max(at - 1, 0) : at + 1]), said.count(tokens[at : at + 1]), at),
     )
+    return sorted(rarest[:count])

@@ -9,8 +9,8 @@ import torch
 
 from ..data import pad_rows, prepare_rows, tokenize_prompt
 from ..losses import IGNORE_INDEX
-from .concepts import Concept, Occurrence, find_occurrences
-from .distinct import SaidText, distinct_token
+from .concepts import Concept, find_occurrences
+from .distinct import SaidText, distinct_tokens
 from .odds import Pairs
 from .positions import position_mask
 
@@ -63,39 +63,39 @@ def word_pairs(
     positions: str | Callable[..., Any],
     bos_token_id: int | None,
     kept: SaidText | None = None,
+    tokens_per_word: int = 1,
 ) -> Pairs:
     """
     Where the words must not go on. `"occurrence"`: within each occurrence in a response, with the token that it has
-    there, the first or, given what has to stay, the one of [`distinct_token`], and with those that other spellings of
-    the word have after the same beginning. Otherwise all first tokens of all words at each place.
+    there, the first or, given what has to stay, those of [`distinct_tokens`], which share what the word has to lose;
+    and with those that other spellings of the word have after the same beginning, with the same share. Otherwise all
+    first tokens of all words at each place.
 
     Raises:
         ValueError: no place is found.
     """
     if positions == "occurrence":
-        found = [(one, _token_of(one, rows[one.row], kept)) for one in find_occurrences(tokenizer, rows, concepts)]
-        triples = [
-            (one.row, place - 1, token)
-            for one, place in found
+        shares: dict[tuple[int, int, int], float] = {}
+        for one in find_occurrences(tokenizer, rows, concepts):
+            ids = rows[one.row]["input_ids"]
+            own = [0] if kept is None else distinct_tokens(ids[one.start : one.stop], kept, tokens_per_word)
             # nothing to edit before the first token, and nothing is edited at BOS
-            if place > 1 or (place == 1 and rows[one.row]["input_ids"][0] != bos_token_id)
-            for token in _continuations(rows[one.row]["input_ids"][one.start : place + 1], concepts[one.concept])
-        ]
-        if not triples:
+            least = 2 if ids[0] == bos_token_id else 1
+            places = [one.start + at for at in own if one.start + at >= least]
+            for place in places:
+                for token in _continuations(ids[one.start : place + 1], concepts[one.concept]):
+                    triple = (one.row, place - 1, token)
+                    shares[triple] = max(1.0 / len(places), shares.get(triple, 0.0))
+        if not shares:
             raise ValueError(
                 f"No activation found: none of the {len(concepts)} words occurs in a response (where one begins with "
                 "the word, the prompt must be more than a BOS token). Give rows that say them, or "
                 "positions='last_prompt'."
             )
-        return Pairs.of(triples)
+        return Pairs.shared(shares)
     tokens = sorted({token for concept in concepts for token in concept.first})
-    places = named_places(rows, positions, bos_token_id)
-    return Pairs.of([(row, place, token) for row, place in places for token in tokens])
-
-
-def _token_of(one: Occurrence, row: Row, kept: SaidText | None) -> int:
-    """The place in the row of the token by which an occurrence is stopped."""
-    return one.start + (0 if kept is None else distinct_token(row["input_ids"][one.start : one.stop], kept))
+    named = named_places(rows, positions, bos_token_id)
+    return Pairs.of([(row, place, token) for row, place in named for token in tokens])
 
 
 def _continuations(said: Sequence[int], concept: Concept) -> set[int]:

@@ -90,8 +90,9 @@ def measure_edits(
 ) -> dict[str, Any]:
     """
     `constrained`: the largest probability at all places that the edit was made for, variants and generated answers
-    included. `reach`: the words where the responses of the rows say them. `said`: rows whose greedy answer says a
-    word. `sampled`: sampled answers that do. `retain_probability`: of the retain rows. `attack`: attack prompts whose
+    included; where tokens share what a word has to lose, the one that they allow the word. `reach`: the words where
+    the responses of the rows say them. `said`: rows whose greedy answer says a word. `sampled`: sampled answers that
+    do. `retain_probability`: of the retain rows. `attack`: attack prompts whose
     answer is a success by the judge, and those that are refused. Each before and after; what there is nothing to
     measure on is left out.
 
@@ -127,7 +128,7 @@ def measure_edits(
         found["constrained"] = {"pairs": len(demands.pairs)}
         for name, own in states.items():
             odds = run.odds(demands.rows, demands.pairs, own)
-            found["constrained"][name] = float(odds.probabilities().max())
+            found["constrained"][name] = float(demands.pairs.bounds(odds.values).max())
     occurrences = [one for one in find_occurrences(tokenizer, rows, concepts) if one.start > 0]
     if occurrences:
         pairs = occurrence_pairs(rows, occurrences)

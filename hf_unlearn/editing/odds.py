@@ -34,24 +34,35 @@ class Pairs:
             `(K,)` int64: a place is token `tokens[k]` of row `rows[k]`, whose output predicts the one after it.
         ids (`Tensor`):
             `(K,)` int64: the next token that is asked about.
+        shares (`Tensor`):
+            `(K,)` float64, above 0 and at most 1: a token with the share s may have the s-th power of what a word may
+            have, so that tokens of a word whose shares sum to 1 bound the word together.
     """
 
     rows: Tensor
     tokens: Tensor
     ids: Tensor
+    shares: Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @classmethod
     def of(cls, triples: Sequence[tuple[int, int, int]]) -> Pairs:
-        """From (row, token, id), each once, sorted."""
-        table = torch.tensor(sorted(set(triples)), dtype=torch.int64).reshape(-1, 3)
-        return cls(rows=table[:, 0], tokens=table[:, 1], ids=table[:, 2])
+        """From (row, token, id), each once, sorted; each has to do all alone."""
+        return cls.shared(dict.fromkeys(triples, 1.0))
+
+    @classmethod
+    def shared(cls, shares: Mapping[tuple[int, int, int], float]) -> Pairs:
+        """From the share of each (row, token, id), sorted."""
+        triples = sorted(shares)
+        table = torch.tensor(triples, dtype=torch.int64).reshape(-1, 3)
+        own = torch.tensor([shares[triple] for triple in triples], dtype=torch.float64)
+        return cls(rows=table[:, 0], tokens=table[:, 1], ids=table[:, 2], shares=own)
 
     def chosen(self, which: Tensor) -> Pairs:
         """Those that the mask `(K,)` names."""
-        return Pairs(rows=self.rows[which], tokens=self.tokens[which], ids=self.ids[which])
+        return Pairs(rows=self.rows[which], tokens=self.tokens[which], ids=self.ids[which], shares=self.shares[which])
 
     def and_then(self, other: Pairs, offset: int) -> Pairs:
         """These and the others, whose rows come `offset` later."""
@@ -59,7 +70,16 @@ class Pairs:
             rows=torch.cat([self.rows, other.rows + offset]),
             tokens=torch.cat([self.tokens, other.tokens]),
             ids=torch.cat([self.ids, other.ids]),
+            shares=torch.cat([self.shares, other.shares]),
         )
+
+    def limits(self, probability: float) -> Tensor:
+        """`(K,)` float64: the log-odds that each may have where words may have a probability."""
+        return torch.logit(torch.tensor(probability, dtype=torch.float64) ** self.shares)
+
+    def bounds(self, odds: Tensor) -> Tensor:
+        """`(K,)` float64: the probability of the word that each token's log-odds `(K,)` allow, by its share."""
+        return (torch.nn.functional.logsigmoid(odds) / self.shares).exp()
 
     def places(self) -> tuple[list[tuple[int, int]], Tensor]:
         """The distinct places (row, token), sorted, and the place `(K,)` of each pair."""

@@ -35,14 +35,18 @@ _SLACK = 1.5  # nats that a block may leave to the next beyond its share
 _CLOSE = 0.1  # nats above what is allowed that are told but not refused
 
 
-def retain_metric(captured: Captured | None, *, limit: int, ridge: float, seed: int) -> Metric:
+def retain_metric(
+    captured: Captured | None, *, limit: int, ridge: float, seed: int, weights: Tensor | None = None
+) -> Metric:
     """
-    The metric of the cost from retain activations, at most `limit` of them, drawn by `seed`; without any the plain
-    norm of the edit.
+    The metric of the cost from retain activations, each with its weight `(N,)` where there are weights, at most
+    `limit` of them, drawn by `seed`; without any the plain norm of the edit.
     """
     if captured is None:
         return Metric.identity()
     inputs = captured.inputs
+    if weights is not None:
+        inputs = inputs * weights.sqrt().to(inputs.dtype)[:, None]
     if len(inputs) > limit:
         chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:limit]
         inputs = inputs[chosen.sort().values]
@@ -58,12 +62,14 @@ def plan_by_probability(
     layers: Sequence[int],
     retain_rows: Sequence[Mapping[str, Any]] | None = None,
     retain_limit: int = 4096,
+    retain_weights: Tensor | None = None,
     ridge: float = 0.01,
     solver: Solver = "joint",
     seed: int = 0,
 ) -> tuple[list[LayerEdit], Tensor]:
     r"""
-    Edits under which each pair's token has at most `probability` at its place, by a real forward pass.
+    Edits under which each pair's token has at most `probability` (its share of that) at its place, by a real forward
+    pass.
 
     Blocks are edited in ascending order, each on what it sees with the edits of the blocks below in force, and takes
     an equal share of the log-odds that are left. Constraints are half-spaces $w^\top (W + \Delta) h \le \tau$ along
@@ -84,6 +90,8 @@ def plan_by_probability(
             Rows whose responses should stay: the outputs that predict them.
         retain_limit (`int`, *optional*, defaults to `4096`):
             At most so many retain activations.
+        retain_weights (`Tensor`, *optional*):
+            `(N,)`, of each of them before some are drawn, see [`retain_weights`].
         ridge (`float`, *optional*, defaults to `0.01`):
             See [`solve_pcr`].
         solver (`str`, *optional*, defaults to `"joint"`):
@@ -97,47 +105,48 @@ def plan_by_probability(
     Raises:
         ValueError: no edit that reaches the probability is found.
     """
-    wanted = float(torch.logit(torch.tensor(probability, dtype=torch.float64)))
-    weighed = Weighed(rows=retain_rows, limit=retain_limit, ridge=ridge, seed=seed)
+    wanted = pairs.limits(probability)
+    weighed = Weighed(rows=retain_rows, limit=retain_limit, weights=retain_weights, ridge=ridge, seed=seed)
     if len(pairs) <= _FEW:
         edits, after = _edits(run, rows, pairs, None, wanted, layers, weighed, solver)
     else:
         before = after = run.odds(rows, pairs).values
         active = before > wanted - _FAR
         for _ in range(_ROUNDS):
-            edits, _ = _edits(run, rows, pairs.chosen(active), before[active], wanted, layers, weighed, solver)
+            edits, _ = _edits(run, rows, pairs.chosen(active), before[active], wanted[active], layers, weighed, solver)
             after = run.odds(rows, pairs, edits).values
             if not bool(((after > wanted) & ~active).any()):
                 break
             active = active | (after > wanted - _FAR / 2)
-    highest = float(after.max())
-    if highest > wanted + _CLOSE:
+    highest = float((after - wanted).max())
+    largest = float(pairs.bounds(after).max())
+    if highest > _CLOSE:
         raise ValueError(
             f"No edit of blocks {list(layers)} was found under which every word has at most a probability of "
-            f"{probability:g}: the lowest leaves one of them {float(after.max().sigmoid()):.2g}. Allow that "
+            f"{probability:g}: the lowest leaves one of them {largest:.2g}. Allow that "
             "(probability=...), choose more blocks (layers=...), or ask for fewer words."
         )
-    if highest > wanted + _ROUNDING:
+    if highest > _ROUNDING:
         logger.warning(
-            f"A word has a probability of {float(after.max().sigmoid()):.4g} at one of its places, a little above "
-            f"{probability:g}."
+            f"A word has a probability of {largest:.4g} at one of its places, a little above {probability:g}."
         )
     return edits, after
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """The retain rows that weigh the cost, at most `limit` of their activations, and the ridge."""
+    """The retain rows that weigh the cost, at most `limit` of their activations, their weights, and the ridge."""
 
     rows: Sequence[Mapping[str, Any]] | None
     limit: int
+    weights: Tensor | None
     ridge: float
     seed: int
 
     def metric(self, run: Run, layer: int, edits: Sequence[LayerEdit]) -> Metric:
         """The metric at one block with the edits below in force."""
         kept = None if self.rows is None else run.at(self.rows, layer, "predicting", edits)
-        return retain_metric(kept, limit=self.limit, ridge=self.ridge, seed=self.seed)
+        return retain_metric(kept, limit=self.limit, ridge=self.ridge, seed=self.seed, weights=self.weights)
 
 
 def _edits(
@@ -145,14 +154,14 @@ def _edits(
     rows: Sequence[Mapping[str, Any]],
     pairs: Pairs,
     before: Tensor | None,
-    wanted: float,
+    wanted: Tensor,
     layers: Sequence[int],
     weighed: Weighed,
     solver: Solver,
 ) -> tuple[list[LayerEdit], Tensor]:
     """
-    One edit for each block, for pairs all of which matter, and their log-odds with all in force; `before` is measured
-    where it is not given.
+    One edit for each block, for pairs all of which matter, and their log-odds with all in force; `wanted` `(K,)` are
+    the log-odds they may have, `before` is measured where it is not given.
     """
     ids, columns = torch.unique(pairs.ids, return_inverse=True)
     places, of_pair = pairs.places()

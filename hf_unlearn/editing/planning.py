@@ -30,8 +30,10 @@ from .pcr import plan_by_probability
 from .plan import EditPlan, LayerEdit
 from .plan_regions import plan_regions
 from .variants import with_variants
+from .weighing import retain_weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
@@ -242,7 +244,8 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
     known = min(len(tokenizer), task.run.model.config.get_text_config().vocab_size)
     vary = partial(with_variants, protected=special, others=known, seed=config.seed)
     by_name = config.positions != "occurrence"
-    distinct = config.token == "distinct" and config.source == "unembedding" and config.searches and not by_name
+    by_odds = config.source == "unembedding" and config.searches
+    distinct = config.token == "distinct" and by_odds and not by_name
     kept = SaidText(task.retain) if distinct and task.retain is not None else None
     both = {one.concept for one in find_occurrences(tokenizer, task.retain or [], task.concepts)}
     if both:
@@ -250,21 +253,31 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
             f"Retain rows say {len(both)} of the {len(task.concepts)} words themselves: there, what is to stay and "
             "what is to go contradict each other."
         )
-    named: list[Row] = []
-    if by_name:  # the end of a prompt is there in each copy; other places would be as many again and again
-        copies = config.variants if config.positions == "last_prompt" and config.searches else 0
-        named = vary(task.rows, count=copies)
-    said, added = ([] if by_name else list(task.rows)), list[int]()
-    while True:
-        rows = vary(said, count=config.variants) if said else []
+    copied = not by_name or (config.positions == "last_prompt" and config.searches)  # other places would be too many
+
+    def asked(said: Sequence[Row], copies: int) -> tuple[list[Row], Pairs, Sequence[tuple[int, int]]]:
+        """Rows with copies, their pairs, and places by name."""
+        named = vary(task.rows, count=copies if copied else 0) if by_name else []
+        rows = vary(said, count=copies) if said else []
         pairs = Pairs.of([])
         if said:
-            pairs = word_pairs(tokenizer, rows, task.concepts, "occurrence", task.bos_token_id, kept)
-        if by_name:  # places of the rows themselves, and those where generated answers say a word
-            at_names = word_pairs(tokenizer, named, task.concepts, config.positions, task.bos_token_id)
-            pairs, rows = at_names.and_then(pairs, len(named)), [*named, *rows]
-        places = named_places(named, config.positions, task.bos_token_id) if by_name else ()
-        edits = _solve(task, rows, pairs, places)
+            pairs = word_pairs(
+                tokenizer, rows, task.concepts, "occurrence", task.bos_token_id, kept, config.tokens_per_word
+            )
+        if not by_name:
+            return rows, pairs, ()
+        # places of the rows themselves, and those where generated answers say a word
+        at_names = word_pairs(tokenizer, named, task.concepts, config.positions, task.bos_token_id)
+        places = named_places(named, config.positions, task.bos_token_id)
+        return [*named, *rows], at_names.and_then(pairs, len(named)), places
+
+    said, added = ([] if by_name else list(task.rows)), list[int]()
+    weights = None
+    if config.weigh_retain and by_odds and task.retain is not None:
+        weights = retain_weights(task.run, task.retain, _solve(task, *asked(said, 0)))
+    while True:
+        rows, pairs, places = asked(said, config.variants)
+        edits = _solve(task, rows, pairs, places, weights)
         if len(added) >= config.generation_rounds:
             break
         answers = _answers(task, edits)
@@ -277,7 +290,9 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
     return edits, {"rows_added_by_generation": added, "pairs": len(pairs)}, demands
 
 
-def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple[int, int]]) -> list[LayerEdit]:
+def _solve(
+    task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple[int, int]], weights: Tensor | None = None
+) -> list[LayerEdit]:
     config = task.config
     shared: dict[str, Any] = {
         "layers": task.layers,
@@ -289,7 +304,8 @@ def _solve(task: _Task, rows: Sequence[Row], pairs: Pairs, named: Sequence[tuple
     }
     source = cast(Source, config.source)
     if source == "unembedding" and not config.has_level:
-        return plan_by_probability(task.run, rows, pairs, probability=config.probability, **shared)[0]
+        by_odds = partial(plan_by_probability, task.run, rows, pairs, retain_weights=weights, **shared)
+        return by_odds(probability=config.probability)[0]
     places = sorted({*pairs.places()[0], *named})  # texts have places and no tokens
     at_level = partial(
         plan_by_level, task.run, rows, task.concepts, places, source=source, soft_margin=config.soft_margin, **shared

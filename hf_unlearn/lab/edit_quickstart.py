@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
-PROBABILITY = 9e-5  # the most that a name may have where an answer says it
-VARIANTS = 96  # of few and short prompts: by 16 nearly all names fall in other words, too (docs/benchmarks.md)
+PROBABILITY = 1e-6  # the most that a name may have where an answer says it
+VARIANTS = 48  # of few and short prompts (docs/benchmarks.md)
+TOKENS_PER_WORD = 2
 _ALL = 10**6  # answers to keep are few and short: none of their activations is left out
 
 
@@ -102,6 +103,8 @@ def run_edit_quickstart(
         retain_examples=len(data.retain),
         retain_positions=_ALL,
         variants=VARIANTS,
+        tokens_per_word=TOKENS_PER_WORD,
+        weigh_retain=True,
     )
     with clock("edit"):
         done = constrained_edit(

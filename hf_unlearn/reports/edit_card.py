@@ -29,7 +29,7 @@ _PCR_ONLY: tuple[str, ...] = (
     "ridge",
     "soft_margin",
 )
-_PCR_ONLY += ("token", "variants", "generation_rounds")
+_PCR_ONLY += ("token", "tokens_per_word", "variants", "generation_rounds", "weigh_retain")
 _REGION_ONLY = ("radius", "radius_unit", "steps", "learning_rate", "rank", "retain_weight")
 
 

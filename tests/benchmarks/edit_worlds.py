@@ -2,7 +2,7 @@
 single name falls under its own and under reworded questions, and what is kept.
 
 python tests/benchmarks/edit_worlds.py [--seeds 0 1 2 3 4] [--variants 96] [--probability 9e-5]
-    [--retain_positions 4096]
+    [--retain_positions 4096] [--tokens_per_word 2] [--weigh_retain true]
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from math import nan
 from typing import Any
+
+from transformers.hf_argparser import string_to_bool
 
 from hf_unlearn.editing import EditConfig, constrained_edit
 from hf_unlearn.editing.edit_rows import edit_rows
 from hf_unlearn.editing.measures import response_probability
 from hf_unlearn.editing.passes import Run
-from hf_unlearn.lab.edit_quickstart import PROBABILITY, VARIANTS, asked_data, word_probabilities
+from hf_unlearn.lab.edit_quickstart import (
+    PROBABILITY,
+    TOKENS_PER_WORD,
+    VARIANTS,
+    asked_data,
+    word_probabilities,
+)
 from hf_unlearn.lab.quickstart import QUICKSTART_RECIPE
 from hf_unlearn.lab.training import train_target
 from hf_unlearn.lab.world import make_world, world_data
@@ -37,8 +46,8 @@ def falls(before: list[float], after: list[float]) -> list[float]:
     return sorted(old / max(new, 1e-300) for old, new in zip(before, after, strict=True) if old > KNOWN)
 
 
-def measure(seed: int, settings: list[tuple[int, float]], positions: int) -> Iterator[list[str]]:
-    """A row of the table for each (variants, probability), with at most so many retain activations."""
+def measure(seed: int, settings: list[tuple[int, float]], others: dict[str, Any]) -> Iterator[list[str]]:
+    """A row of the table for each (variants, probability), with other options as they are given."""
     world = make_world(seed)
     data, names, _ = asked_data(world)
     target = train_target(world_data(world), replace(QUICKSTART_RECIPE, seed=seed))
@@ -63,8 +72,8 @@ def measure(seed: int, settings: list[tuple[int, float]], positions: int) -> Ite
             probability=probability,
             layers=list(range(1, target.model.config.num_hidden_layers + 1)),
             retain_examples=len(data.retain),
-            retain_positions=positions,
             variants=variants,
+            **others,
         )
         model, started = copy.deepcopy(target.model), time.perf_counter()
         done = constrained_edit(
@@ -76,7 +85,10 @@ def measure(seed: int, settings: list[tuple[int, float]], positions: int) -> Ite
         said = done.plan.measures["said"]
         yield [
             *(str(seed), str(variants), f"{probability:g}"),
-            *(f"{value:,.3g}" if value < 1_000 else f"{value:,.0f}" for value in (own[0], reworded[0], reworded[1])),
+            *(
+                f"{value:,.3g}" if value < 1_000 else f"{value:,.0f}"
+                for value in (*(own or [nan])[:1], *[*reworded, nan, nan][:2])
+            ),
             f"{sum(before['reworded']) / sum(after['reworded']):,.0f}",
             f"{len(own)}, {len(reworded)} of {len(before['own'])}",
             f"{said['after']} of {said['rows']}",
@@ -92,12 +104,15 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", type=int, default=[VARIANTS])
     parser.add_argument("--probability", nargs="+", type=float, default=[PROBABILITY])
     parser.add_argument("--retain_positions", type=int, default=10**6)
+    parser.add_argument("--tokens_per_word", type=int, default=TOKENS_PER_WORD)
+    parser.add_argument("--weigh_retain", type=string_to_bool, default=True)
     options = parser.parse_args()
     settings = [(variants, wanted) for wanted in options.probability for variants in options.variants]
+    others = {name: getattr(options, name) for name in ("retain_positions", "tokens_per_word", "weigh_retain")}
     for line in (TITLES, ["---"] * len(TITLES)):
         print(f"| {' | '.join(line)} |", flush=True)
     for seed in options.seeds:
-        for line in measure(seed, settings, options.retain_positions):
+        for line in measure(seed, settings, others):
             print(f"| {' | '.join(line)} |", flush=True)
 
 

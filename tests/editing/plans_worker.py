@@ -30,6 +30,8 @@ def run(folder: Path, lab: SmallLab, accelerator: Any) -> None:
         words=["greyhound", "laundry", "blacksmith"],
         probability=1e-3,
         variants=1,
+        tokens_per_word=2,
+        weigh_retain=True,
         layers=[1, 2],
         batch_size=3,
         max_new_tokens=8,

@@ -1,4 +1,4 @@
-"""Which token stops a word: the one by which it leaves what has to stay, found by looking at every place."""
+"""Which tokens stop a word: those by which it leaves what has to stay, found by looking at every place."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 from small_lab import SmallLab
-from test_plan_edit import plan_of
+from test_plan_edit import plan_of, word_probabilities
 
+from hf_unlearn.editing.added import edits_in_force
 from hf_unlearn.editing.concepts import Concept, find_occurrences, word_concepts
-from hf_unlearn.editing.distinct import SaidText, distinct_token
+from hf_unlearn.editing.distinct import SaidText, distinct_tokens
 from hf_unlearn.editing.edit_rows import word_pairs
 
 
@@ -57,9 +58,11 @@ def test_the_token_is_where_the_word_leaves_what_stays_and_then_the_rarest(rows:
     keys = [
         (counted(rows, word[max(at - 1, 0) : at + 1]), counted(rows, word[at : at + 1]), at) for at in range(leaves, 4)
     ]
-    assert distinct_token(word, text) == min(keys)[2]
+    assert distinct_tokens(word, text) == [min(keys)[2]]
+    for count in (2, 3, 9):
+        assert distinct_tokens(word, text, count) == sorted(at for _, _, at in sorted(keys)[:count])
     if rows != [[1, 9], [9, 2, 3], [3]]:
-        assert distinct_token(word, text) == wanted
+        assert distinct_tokens(word, text) == [wanted]
 
 
 def test_pairs_stop_a_word_there_and_other_spellings_with_the_same_beginning(lab: SmallLab) -> None:
@@ -77,6 +80,46 @@ def test_pairs_stop_a_word_there_and_other_spellings_with_the_same_beginning(lab
     second = word_pairs(lab.tokenizer, [row], [concept], "occurrence", None, said([[own[0], 599]]))
     assert set(second.tokens.tolist()) == {one.start}
     assert set(second.ids.tolist()) == {own[1], 577}
+
+
+def test_tokens_of_a_word_share_what_it_has_to_lose(lab: SmallLab) -> None:
+    (plain,) = word_concepts(lab.tokenizer, ["greyhound"])
+    row, one = next((row, one) for row in lab.rows() for one in find_occurrences(lab.tokenizer, [row], [plain])[:1])
+    own = row["input_ids"][one.start : one.stop]
+    size = len(own)
+    assert size > 2
+    concept = Concept(text=plain.text, spellings=(tuple(own), (own[0], 577), (579,)), first=(own[0], 579))
+
+    def shares(count: int, rows: list[list[int]]) -> dict[tuple[int, int], float]:
+        pairs = word_pairs(lab.tokenizer, [row], [concept], "occurrence", None, said(rows), count)
+        places = zip((pairs.tokens - one.start + 1).tolist(), pairs.ids.tolist(), strict=True)
+        return dict(zip(places, pairs.shares.tolist(), strict=True))
+
+    assert shares(1, []) == {(0, own[0]): 1.0, (0, 579): 1.0}
+    assert shares(2, []) == {(0, own[0]): 0.5, (0, 579): 0.5, (1, own[1]): 0.5, (1, 577): 0.5}
+    assert shares(2, [own[:-1]]) == {(size - 1, own[-1]): 1.0}, "only one is left: it has to do all alone"
+    several = shares(9, [])
+    assert {at for at, _ in several} == set(range(size))
+    assert set(several.values()) == {1.0 / size}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_word_that_two_tokens_stop_is_below_the_probability_as_a_whole(lab: SmallLab, count: int) -> None:
+    model = lab.model()
+    plan = plan_of(lab, model, tokens_per_word=count, variants=3)
+    assert plan.demands is not None
+    with edits_in_force(model, plan.edits):
+        assert max(word_probabilities(model, lab)) <= 1e-4 * (1 + 1e-3)
+        rows, pairs = plan.demands.rows, plan.demands.pairs
+        found = []
+        table = zip(pairs.rows.tolist(), pairs.tokens.tolist(), pairs.ids.tolist(), pairs.shares, strict=True)
+        for number, place, token, share in table:
+            ids = torch.tensor([rows[number]["input_ids"][: place + 1]])
+            with torch.no_grad():
+                found.append(float(model(input_ids=ids).logits[0, -1].double().softmax(0)[token]) ** float(1 / share))
+    assert {round(1 / share) for share in pairs.shares.tolist()} >= {count}
+    assert max(found) <= 1e-4 * (1 + 1e-3)
+    assert plan.measures["constrained"]["after"] == pytest.approx(max(found), rel=1e-3)
 
 
 def test_without_retain_rows_the_first_token_is_stopped(lab: SmallLab) -> None:

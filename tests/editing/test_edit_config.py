@@ -23,10 +23,15 @@ from hf_unlearn.editing import EditConfig
         ({"eps": 1.0, "eps_percentile": 5.0}, "two ways to say the same"),
         *(({"eps_percentile": value}, f"eps_percentile is {value}; expected") for value in (0, 100, -1.0)),
         ({"soft_margin": 1.0}, "soft_margin needs eps or eps_percentile"),
+        *(
+            ({"tokens_per_word": 2, **other}, "tokens_per_word is 2, which is about tokens within words; it needs")
+            for other in ({"token": "first"}, {"positions": "last_prompt"})
+        ),
         *(({name: -1}, f"{name} is -1; expected at least 0") for name in ("variants", "generation_rounds")),
         *(
             ({name: 0}, f"{name} is 0; expected at least 1")
             for name in (
+                "tokens_per_word",
                 "max_new_tokens",
                 "retain_examples",
                 "retain_positions",

@@ -144,3 +144,15 @@ def test_pairs_are_sorted_taken_once_and_know_their_places() -> None:
     assert of_pair.tolist() == [0, 1, 1]
     chosen = pairs.chosen(torch.tensor([False, True, True]))
     assert (chosen.rows.tolist(), chosen.tokens.tolist(), chosen.ids.tolist()) == ([2, 2], [1, 1], [4, 5])
+
+
+def test_shares_stay_with_their_pairs_and_are_powers_of_what_a_word_may_have() -> None:
+    pairs = Pairs.shared({(2, 1, 5): 0.5, (0, 3, 9): 1.0, (2, 1, 4): 0.25})
+    assert pairs.shares.tolist() == [1.0, 0.25, 0.5]
+    assert pairs.chosen(torch.tensor([False, True, True])).shares.tolist() == [0.25, 0.5]
+    both = pairs.and_then(Pairs.of([(0, 0, 0)]), 5)
+    assert (both.rows.tolist(), both.shares.tolist()) == ([0, 2, 2, 5], [1.0, 0.25, 0.5, 1.0])
+    limits = pairs.limits(1e-4)
+    torch.testing.assert_close(limits.sigmoid(), torch.tensor([1e-4, 0.1, 0.01], dtype=torch.float64))
+    torch.testing.assert_close(pairs.bounds(limits), torch.full((3,), 1e-4, dtype=torch.float64))
+    assert pairs.bounds(torch.full((3,), -2000.0, dtype=torch.float64)).tolist() == [0.0, 0.0, 0.0]
