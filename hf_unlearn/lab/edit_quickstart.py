@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 NAMES = ("name", "translator", "editor", "mentor")
 LIMITS = "it is for methods that imitate a model which never saw the data; an edit only takes words away"
 
-PROBABILITY = 1e-6  # the most that a name may have where an answer says it
-VARIANTS = 48  # of few and short prompts (docs/benchmarks.md)
+PROBABILITY = 3e-6  # the most that a name may have where an answer says it
+VARIANTS = 96  # of few and short prompts (docs/benchmarks.md)
 TOKENS_PER_WORD = 2
 _ALL = 10**6  # answers to keep are few and short: none of their activations is left out
 

@@ -90,6 +90,7 @@ def write_edit_card(
         method=METHOD_NAMES[plan.method],
         wanted=None if wanted is None else f"{wanted:g}",
         guarded=guarded,
+        shared=plan.settings.get("tokens_per_word", 1) if plan.settings.get("tokens_per_word", 1) > 1 else None,
         pairs=None if held is None else held["pairs"],
         largest=None if held is None else f"{held['after']:.2g}",
         measures=measures,

@@ -130,6 +130,7 @@ def test_no_file_of_an_edit_says_the_word_or_where_it_was_made(workspace: Path, 
     assert front["library_name"] == "peft"
     assert "base_model" not in front
     assert "has a probability of at most 0.0001, and so the word, by a real forward" in card
+    assert ".\n\nNothing else is guaranteed." in card
     assert "White-box users" in card
 
 

@@ -51,13 +51,25 @@ class _Program:
     def gradient(self, moves: Tensor) -> Tensor:
         return self.beta - (self.u * moves[self.rows]).sum(1)
 
+    def _few(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The activations that have a multiplier, `(n,)`, and their sources `(n, p)`: mostly few of all."""
+        at = a.nonzero().squeeze(1)
+        used, inverse = torch.unique(self.rows[at], return_inverse=True)
+        found = torch.zeros(len(used), self.u.shape[1], dtype=torch.float64)
+        return used, found.index_add_(0, inverse, a[at, None] * self.u[at])
+
+    def moves(self, a: Tensor) -> Tensor:
+        """`gram @ sources(a)`, `(N, p)`."""
+        used, b = self._few(a)
+        return self.gram[used].T @ b
+
     def times(self, a: Tensor) -> Tensor:
         """`Q a`."""
-        return (self.u * (self.gram @ self.sources(a))[self.rows]).sum(1)
+        return (self.u * self.moves(a)[self.rows]).sum(1)
 
     def value(self, a: Tensor) -> float:
-        b = self.sources(a)
-        return float(self.beta @ a) - 0.5 * float((b * (self.gram @ b)).sum())
+        used, b = self._few(a)
+        return float(self.beta @ a) - 0.5 * float((b * (self.gram[used][:, used] @ b)).sum())
 
     def residuals(self, a: Tensor, gradient: Tensor) -> Tensor:
         return torch.where(
@@ -128,10 +140,11 @@ class _Program:
                 held = rooms <= limit
                 part = torch.minimum((a + limit * full).clamp(min=0.0), self.upper)
                 part = torch.where(held, torch.where(full < 0, 0.0, self.upper), part)
-                if limit >= 1.0 or self.value(part) <= value:
+                reached = value if limit >= 1.0 else self.value(part)
+                if reached <= value:
                     break
-                a, value = part, self.value(part)
-                gradient = self.gradient(self.gram @ self.sources(a))
+                a, value = part, reached
+                gradient = self.gradient(self.moves(a))
             free &= ~held
         return a
 
@@ -212,7 +225,7 @@ def solve_dual(
         if turn % 4 == 0:
             a = program.sweep(a)
         sources = program.sources(a)
-        moves = gram @ sources
+        moves = program.moves(a)
         gradient = program.gradient(moves)
         residual = float(program.residuals(a, gradient)[~stuck].max()) if bool((~stuck).any()) else 0.0
         since += 1
@@ -230,7 +243,7 @@ def solve_dual(
     return DualSolution(
         multipliers=a,
         sources=sources,
-        moves=gram @ sources,
+        moves=program.moves(a),
         value=program.value(a),
         residual=residual,
         conflict=conflict,
