@@ -140,7 +140,7 @@ def _measured(measures: dict[str, Any]) -> list[list[str]]:
     rows = []
     if "constrained" in measures:
         held = measures["constrained"]
-        text = f"Largest probability at all {held['pairs']} places and tokens that the edit was made for"
+        text = f"Largest probability left to a word at all {held['pairs']} places that the edit was made for"
         rows.append([text, *(_number(held[when]) for when in ("before", "after"))])
     if "reach" in measures:
         reach = measures["reach"]

@@ -157,10 +157,16 @@ class EditConfig:
             raise ValueError(f"words is the string {self.words!r}; expected a list of words.")
         if not 0 < self.probability < 1:
             raise ValueError(f"probability is {self.probability}; expected a number between 0 and 1, both excluded.")
-        if self.tokens_per_word > 1 and (self.token != "distinct" or self.positions != "occurrence"):
+        by_odds = self.searches and self.source == "unembedding"
+        if self.tokens_per_word > 1 and not (by_odds and self.token == "distinct" and self.positions == "occurrence"):
             raise ValueError(
                 f"tokens_per_word is {self.tokens_per_word}, which is about tokens within words; it needs "
-                "token='distinct' and positions='occurrence'."
+                "token='distinct' and positions='occurrence', and PCR with a probability and source='unembedding'."
+            )
+        if self.weigh_retain and not by_odds:
+            raise ValueError(
+                "weigh_retain weighs what an edit for a probability costs; it needs method='pcr' and "
+                "source='unembedding', without eps and eps_percentile."
             )
         if self.eps is not None and self.eps_percentile is not None:
             raise ValueError("eps and eps_percentile are two ways to say the same; give one of them.")

@@ -68,8 +68,8 @@ def word_pairs(
     """
     Where the words must not go on. `"occurrence"`: within each occurrence in a response, with the token that it has
     there, the first or, given what has to stay, those of [`distinct_tokens`], which share what the word has to lose;
-    and with those that other spellings of the word have after the same beginning, with the same share. Otherwise all
-    first tokens of all words at each place.
+    and with those that other spellings of the word have after the same beginning, with the same share, or all that is
+    left where such a token ends the word. Otherwise all first tokens of all words at each place.
 
     Raises:
         ValueError: no place is found.
@@ -82,10 +82,14 @@ def word_pairs(
             # nothing to edit before the first token, and nothing is edited at BOS
             least = 2 if ids[0] == bos_token_id else 1
             places = [one.start + at for at in own if one.start + at >= least]
-            for place in places:
-                for token in _continuations(ids[one.start : place + 1], concepts[one.concept]):
+            for number, place in enumerate(places):
+                said, concept = ids[one.start : place + 1], concepts[one.concept]
+                ends = {spelling[-1] for spelling in concept.spellings if spelling[:-1] == tuple(said[:-1])}
+                for token in _continuations(said, concept):
+                    whole = token in ends and token != said[-1]
+                    share = (float(len(places) - number) if whole else 1.0) / len(places)
                     triple = (one.row, place - 1, token)
-                    shares[triple] = max(1.0 / len(places), shares.get(triple, 0.0))
+                    shares[triple] = max(share, shares.get(triple, 0.0))
         if not shares:
             raise ValueError(
                 f"No activation found: none of the {len(concepts)} words occurs in a response (where one begins with "

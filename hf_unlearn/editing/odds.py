@@ -22,6 +22,7 @@ from ..trainers.forward import ModelForward
 from ..trainers.measure import rank_batches
 
 _HALF = -0.6931471805599453  # log 0.5
+_CHUNK = 256  # places whose logits exist at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +176,13 @@ def next_token_odds(
             (scores,) = forward(model, [batch])
             numbers = [asked[row][token] for row in _numbers(batch) for token in sorted(asked[row])]
             with scores.whole():
-                logits = scores.rows(slice(0, scores.count)).double()
-            owners = [place for place, own in enumerate(numbers) for _ in own]
-            flat = [number for own in numbers for number in own]
-            if flat:
-                found.append((flat, *log_odds(logits, owners, pairs.ids[flat])))
+                for start in range(0, scores.count, _CHUNK):
+                    few = numbers[start : start + _CHUNK]
+                    logits = scores.rows(slice(start, start + len(few))).double()
+                    owners = [place for place, own in enumerate(few) for _ in own]
+                    flat = [number for own in few for number in own]
+                    if flat:
+                        found.append((flat, *log_odds(logits, owners, pairs.ids[flat])))
     pieces = gather_object(found) if run.num_processes > 1 else found
     values = torch.zeros(len(pairs), dtype=torch.float64)
     ranks = torch.zeros(len(pairs), dtype=torch.int64)

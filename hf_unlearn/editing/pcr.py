@@ -24,6 +24,7 @@ from .passes import Places, Run
 from .plan import LayerEdit, matrix_digest
 from .search import Found, LevelProblem, search_levels
 from .shortcut import LastBlock
+from .weighing import drawn
 
 logger = logging.get_logger(__name__)
 
@@ -40,13 +41,14 @@ def retain_metric(
 ) -> Metric:
     """
     The metric of the cost from retain activations, each with its weight `(N,)` where there are weights, at most
-    `limit` of them, drawn by `seed`; without any the plain norm of the edit.
+    `limit` of them, drawn by `seed` (see [`drawn`]); without any the plain norm of the edit.
     """
     if captured is None:
         return Metric.identity()
     inputs = captured.inputs
     if weights is not None:
-        inputs = inputs * weights.sqrt().to(inputs.dtype)[:, None]
+        chosen, own = drawn(weights, limit, seed)
+        return Metric.from_retain(inputs[chosen] * own.sqrt().to(inputs.dtype)[:, None], ridge)
     if len(inputs) > limit:
         chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:limit]
         inputs = inputs[chosen.sort().values]

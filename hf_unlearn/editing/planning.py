@@ -197,6 +197,8 @@ def _task(
     layers = sorted({_number(model, layer) for layer in config.layers or [-1]})
     rows = edit_rows(dataset, tokenizer, name="edit", max_length=config.max_length)
     retain = held_out = None
+    if retain_dataset is None and config.weigh_retain:
+        raise ValueError("weigh_retain weighs retain activations, and there are none; give retain_dataset.")
     if retain_dataset is None:
         logger.warning(
             "There is no retain_dataset: the edit will be the smallest in norm, and what it does to other answers is "
@@ -246,7 +248,7 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
     by_name = config.positions != "occurrence"
     by_odds = config.source == "unembedding" and config.searches
     distinct = config.token == "distinct" and by_odds and not by_name
-    kept = SaidText(task.retain) if distinct and task.retain is not None else None
+    kept = SaidText(task.retain or []) if distinct else None
     both = {one.concept for one in find_occurrences(tokenizer, task.retain or [], task.concepts)}
     if both:
         logger.warning(
@@ -273,7 +275,8 @@ def _plan_pcr(task: _Task) -> tuple[list[LayerEdit], dict[str, Any], Demands | N
 
     said, added = ([] if by_name else list(task.rows)), list[int]()
     weights = None
-    if config.weigh_retain and by_odds and task.retain is not None:
+    if config.weigh_retain:
+        assert task.retain is not None, "checked before anything is computed"
         weights = retain_weights(task.run, task.retain, _solve(task, *asked(said, 0)))
     while True:
         rows, pairs, places = asked(said, config.variants)

@@ -55,3 +55,40 @@ def retain_weights(run: Run, rows: Sequence[Mapping[str, Any]], edits: Sequence[
         return torch.ones_like(lost)
     curvature = lost / (moved + moved.mean())
     return 0.5 + 0.5 * curvature / curvature.mean()
+
+
+def drawn(weights: Tensor, limit: int, seed: int) -> tuple[Tensor, Tensor]:
+    r"""
+    At most `limit` of weighed activations, the heavy ones first of all: each is taken with the probability $\pi_i =
+    \min(1, c w_i)$, c such that `limit` are taken (systematic sampling in a random order), and then weighs $w_i /
+    \pi_i$ times the share of activations that are taken, so that a mean over what is taken is, on average, the mean
+    over all.
+
+    Args:
+        weights (`Tensor`):
+            `(N,)` float64, not negative.
+        limit (`int`):
+            The most that are taken.
+        seed (`int`):
+            Of the draw.
+
+    Returns:
+        Indices `(n,)`, ascending, and their weights `(n,)`.
+    """
+    count = len(weights)
+    if count <= limit:
+        return torch.arange(count), weights
+    falling = weights.sort(descending=True).values
+    rest = falling.sum() - torch.cat([falling.new_zeros(1), falling.cumsum(0)[:-1]])  # from each of them on
+    certain = next(k for k in range(limit + 1) if k == limit or falling[k] * (limit - k) <= rest[k])
+    scale = (limit - certain) / rest[certain] if certain < limit and rest[certain] > 0 else torch.zeros(())
+    chance = (weights * scale).clamp(max=1.0)
+    if certain:
+        chance[weights >= falling[certain - 1]] = 1.0
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    ends = chance[order].cumsum(0)
+    first = torch.rand((), generator=generator, dtype=torch.float64)
+    taken = (ends - first).ceil().diff(prepend=(-first).ceil()[None]) > 0
+    chosen = order[taken].sort().values
+    return chosen, weights[chosen] / chance[chosen] * (len(chosen) / count)

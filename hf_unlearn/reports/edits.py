@@ -35,7 +35,7 @@ def measure_rows(measures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     if "constrained" in measures:
         held = measures["constrained"]
-        label = f"Constrained tokens ({held['pairs']}, variants included): largest probability"
+        label = f"Constrained tokens ({held['pairs']}, variants included): largest probability left to a word"
         rows.append((label, _number(held["before"]), _number(held["after"])))
     reach = measures.get("reach", {})
     for key, label in _REACH.items():

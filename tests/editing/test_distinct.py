@@ -88,19 +88,27 @@ def test_tokens_of_a_word_share_what_it_has_to_lose(lab: SmallLab) -> None:
     own = row["input_ids"][one.start : one.stop]
     size = len(own)
     assert size > 2
-    concept = Concept(text=plain.text, spellings=(tuple(own), (own[0], 577), (579,)), first=(own[0], 579))
+    spellings = (tuple(own), (own[0], 577), (own[0], 578, 4), (579,), (580, 4))
+    concept = Concept(text=plain.text, spellings=spellings, first=(own[0], 579, 580))
 
     def shares(count: int, rows: list[list[int]]) -> dict[tuple[int, int], float]:
         pairs = word_pairs(lab.tokenizer, [row], [concept], "occurrence", None, said(rows), count)
         places = zip((pairs.tokens - one.start + 1).tolist(), pairs.ids.tolist(), strict=True)
         return dict(zip(places, pairs.shares.tolist(), strict=True))
 
-    assert shares(1, []) == {(0, own[0]): 1.0, (0, 579): 1.0}
-    assert shares(2, []) == {(0, own[0]): 0.5, (0, 579): 0.5, (1, own[1]): 0.5, (1, 577): 0.5}
+    assert shares(1, []) == {(0, own[0]): 1.0, (0, 579): 1.0, (0, 580): 1.0}
+    assert shares(2, []) == {
+        (0, own[0]): 0.5,
+        (0, 579): 1.0,
+        (0, 580): 0.5,  # 579 is the whole word: nothing else stops it
+        (1, own[1]): 0.5,
+        (1, 577): 0.5,
+        (1, 578): 0.5,  # after own[0], which has its share
+    }
     assert shares(2, [own[:-1]]) == {(size - 1, own[-1]): 1.0}, "only one is left: it has to do all alone"
     several = shares(9, [])
     assert {at for at, _ in several} == set(range(size))
-    assert set(several.values()) == {1.0 / size}
+    assert {several[at, token] for at, token in enumerate(own)} == {1.0 / size}
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -25,7 +25,14 @@ from hf_unlearn.editing import EditConfig
         ({"soft_margin": 1.0}, "soft_margin needs eps or eps_percentile"),
         *(
             ({"tokens_per_word": 2, **other}, "tokens_per_word is 2, which is about tokens within words; it needs")
-            for other in ({"token": "first"}, {"positions": "last_prompt"})
+            for other in (
+                *({"token": "first"}, {"positions": "last_prompt"}, {"eps": 1.0}),
+                *({"source": "embedding"}, {"method": "tsr"}),
+            )
+        ),
+        *(
+            ({"weigh_retain": True, **other}, "weigh_retain weighs what an edit for a probability costs; it needs")
+            for other in ({"eps": 1.0}, {"eps_percentile": 1.0}, {"source": "activation"}, {"method": "arr"})
         ),
         *(({name: -1}, f"{name} is -1; expected at least 0") for name in ("variants", "generation_rounds")),
         *(

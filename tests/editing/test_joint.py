@@ -10,6 +10,7 @@ import torch
 from small import Small, cost_of, dense_metric, make, random_starts, slsqp
 
 from hf_unlearn.editing import Certificate, Edit, Kind, solve_pcr
+from hf_unlearn.editing.algebra import dual
 from hf_unlearn.editing.algebra.joint import solve_joint
 from hf_unlearn.editing.algebra.problem import reduce_problem
 from hf_unlearn.editing.algebra.solution import kkt_residual
@@ -46,6 +47,26 @@ def test_edit_holds_by_a_real_product_and_costs_what_it_says(seed: int, shape: t
         assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(proof.objectives))
         assert 1 <= proof.rank <= int((margins < 1e-6).any(1).sum())
         assert int(torch.linalg.matrix_rank(edit.delta())) == proof.rank == len(edit.lora_a) == edit.lora_b.shape[1]
+
+
+@pytest.mark.parametrize("few", [0.0, 2.0, 1e9])  # activations without a multiplier left out always, at half, never
+@pytest.mark.parametrize("active", [0, 1, 5, 24])
+def test_products_of_the_dual_are_those_with_its_whole_matrix(
+    active: int, few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dual, "_FEW", few)
+    generator = torch.Generator().manual_seed(active)
+    rows = torch.randint(9, (24,), generator=generator).sort().values
+    u = torch.randn(24, 4, generator=generator).double()
+    half = torch.randn(9, 9, generator=generator).double()
+    gram, beta = half @ half.T, torch.rand(24, generator=generator).double()
+    a = torch.zeros(24).double()
+    a[torch.randperm(24, generator=generator)[:active]] = torch.rand(active, generator=generator).double()
+    program = dual._Program(u, rows, gram, beta, torch.full_like(beta, torch.inf))
+    q = (u @ u.T) * gram[rows][:, rows]
+    torch.testing.assert_close(program.times(a), q @ a)
+    assert program.value(a) == pytest.approx(float(beta @ a - 0.5 * a @ q @ a), rel=1e-12, abs=1e-12)
+    torch.testing.assert_close(program.gradient(program.moves(a)), beta - q @ a)
 
 
 @pytest.mark.parametrize("kind", ["ball", "half_space"])

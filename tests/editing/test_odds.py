@@ -12,6 +12,7 @@ from test_capture import FAMILIES, build
 from test_capture import rows as five_rows
 from torch import Tensor
 
+from hf_unlearn.editing import odds
 from hf_unlearn.editing.added import edits_in_force
 from hf_unlearn.editing.mlp import mlp_output
 from hf_unlearn.editing.odds import Odds, Pairs, next_token_odds
@@ -144,6 +145,21 @@ def test_pairs_are_sorted_taken_once_and_know_their_places() -> None:
     assert of_pair.tolist() == [0, 1, 1]
     chosen = pairs.chosen(torch.tensor([False, True, True]))
     assert (chosen.rows.tolist(), chosen.tokens.tolist(), chosen.ids.tolist()) == ([2, 2], [1, 1], [4, 5])
+
+
+def test_logits_exist_for_a_few_places_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = build(), list[int]()
+    whole = odds.log_odds
+
+    def counted(logits: Tensor, *others: Any) -> Any:
+        sizes.append(len(logits))
+        return whole(logits, *others)
+
+    monkeypatch.setattr(odds, "_CHUNK", 2)
+    monkeypatch.setattr(odds, "log_odds", counted)
+    same(ask(model, batch_size=5), twin(model))
+    assert max(sizes) == 2
+    assert sum(sizes) == len(PAIRS.places()[0])
 
 
 def test_shares_stay_with_their_pairs_and_are_powers_of_what_a_word_may_have() -> None:

@@ -14,7 +14,7 @@ from hf_unlearn.editing.edit_rows import prompt_of
 from hf_unlearn.editing.passes import Run
 from hf_unlearn.editing.pcr import retain_metric
 from hf_unlearn.editing.plan import LayerEdit
-from hf_unlearn.editing.weighing import retain_weights
+from hf_unlearn.editing.weighing import drawn, retain_weights
 
 
 def run_of(model: Any, lab: SmallLab) -> Run:
@@ -95,10 +95,53 @@ def test_a_weight_counts_an_activation_so_often(lab: SmallLab) -> None:
     expected = float((chosen @ a.T @ b.T).square().sum()) / count
     assert weighed.disturbance(a, b) == pytest.approx(expected, rel=1e-5)
     few = retain_metric(read, limit=7, ridge=0.1, seed=3, weights=often.double())
-    same = torch.randperm(count, generator=torch.Generator().manual_seed(3))[:7].sort().values
+    some, own = drawn(often.double(), 7, 3)
     assert few.disturbance(a, b) == pytest.approx(
-        float(((read.inputs[same].double() @ a.T @ b.T).square().sum(1) * often[same]).sum()) / 7, rel=1e-5
+        float(((read.inputs[some].double() @ a.T @ b.T).square().sum(1) * own).sum()) / 7, rel=1e-5
     )
+
+
+def test_heavy_activations_are_drawn_first_and_the_mean_stays() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.cat([torch.tensor([40.0, 9.0, 9.0]), torch.rand(57, generator=generator) + 0.1]).double()
+    weights = weights[torch.randperm(60, generator=generator)]
+    values = torch.randn(60, generator=generator).double()
+    limit, times = 20, 4_000
+    often, means = torch.zeros(60), []
+    for seed in range(times):
+        chosen, own = drawn(weights, limit, seed)
+        assert len(chosen) == limit
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+        often[chosen] += 1
+        means.append(float((own * values[chosen]).sum()) / limit)
+    # by bisection: the factor at which as many are expected as are wanted
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((middle * weights).clamp(max=1.0).sum()) < limit else (low, middle)
+    chance = (low * weights).clamp(max=1.0)
+    assert bool((often[chance == 1.0] == times).all())
+    assert int((chance == 1.0).sum()) >= 3
+    torch.testing.assert_close(often.double() / times, chance, atol=0.04, rtol=0.0)
+    found = torch.tensor(means)
+    error = float(found.std()) / times**0.5
+    assert abs(float(found.mean()) - float((weights * values).mean())) < 4 * error
+    assert torch.equal(drawn(weights, limit, 5)[0], drawn(weights, limit, 5)[0])
+
+
+def test_all_are_taken_where_there_are_few_and_none_that_weighs_nothing() -> None:
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64)
+    chosen, own = drawn(weights, 4, 0)
+    assert chosen.tolist() == [0, 1, 2, 3]
+    assert torch.equal(own, weights)
+    for seed in range(20):
+        assert drawn(weights, 3, seed)[0].tolist() == [0, 2, 3]
+    assert all(len(drawn(torch.ones(9).double(), 4, seed)[0]) == 4 for seed in range(20))
+
+
+def test_weights_without_retain_rows_are_refused(lab: SmallLab) -> None:
+    with pytest.raises(ValueError, match="weigh_retain weighs retain activations, and there are none"):
+        plan_of(lab, retain=None, weigh_retain=True)
 
 
 def test_more_is_kept_for_the_same_fall(lab: SmallLab) -> None:

@@ -14,6 +14,7 @@ _DENSE = 4096  # free multipliers up to which the face system is factored; above
 _CANCEL = 1e-12  # a^T Q a / (sum_k a_k sqrt(Q_kk))^2 below which the constraints contradict each other
 _ITERATIONS = 100
 _CUTS = 200  # times that one Newton step is cut
+_FEW = 4  # times more activations than have a multiplier, from which on the others are left out of products
 _CHUNK = 2048  # rows of the gram matrix of the free constraints that are computed at a time
 
 
@@ -61,6 +62,8 @@ class _Program:
     def moves(self, a: Tensor) -> Tensor:
         """`gram @ sources(a)`, `(N, p)`."""
         used, b = self._few(a)
+        if len(used) * _FEW > len(self.gram):
+            return self.gram @ self.sources(a)
         return self.gram[used].T @ b
 
     def times(self, a: Tensor) -> Tensor:
@@ -69,6 +72,9 @@ class _Program:
 
     def value(self, a: Tensor) -> float:
         used, b = self._few(a)
+        if len(used) * _FEW > len(self.gram):
+            b = self.sources(a)
+            return float(self.beta @ a) - 0.5 * float((b * (self.gram @ b)).sum())
         return float(self.beta @ a) - 0.5 * float((b * (self.gram[used][:, used] @ b)).sum())
 
     def residuals(self, a: Tensor, gradient: Tensor) -> Tensor:
