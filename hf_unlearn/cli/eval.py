@@ -40,8 +40,6 @@ def run(command: str, arguments: list[str]) -> int:
 
         written = write_table(folder, evaluation) if tofu is None else write_report_files(given, data, tofu)
         print_evaluation(evaluation, others(data), folder, written)
-    if processes.num_processes > 1:
-        processes.destroy_process_group()
     return 0
 
 

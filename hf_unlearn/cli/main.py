@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in _LAUNCHED and (launch := _launch_arguments(rest)) is not None:
             return _launch(command, *launch)
         run: Callable[[str, list[str]], int] = import_module(f".{COMMANDS[command][0]}", __package__).run
-        return run(command, rest)
+        code = run(command, rest)
+        _leave()
+        return code
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -68,6 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-unlearn {command}: error: {error}", file=sys.stderr)
         print("(set HF_UNLEARN_DEBUG=1 for the traceback)", file=sys.stderr)
         return 1
+
+
+def _leave() -> None:
+    """
+    Takes the process group down, where there is one. A process that ends with the group's threads alive is now and
+    then aborted while it ends ("terminate called without an active exception"), and the whole run counts as failed.
+    """
+    if "torch" not in sys.modules:
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _usage() -> str:

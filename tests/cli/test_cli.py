@@ -66,6 +66,21 @@ def test_env_names_versions_and_no_host(capsys: pytest.CaptureFixture[str]) -> N
     assert platform.node() not in shown or not platform.node()
 
 
+def test_a_process_of_a_group_leaves_it_at_the_end_and_not_where_others_may_wait(tmp_path: Path) -> None:
+    """With the group's threads alive a process is now and then aborted while it ends."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        assert main(["report", str(tmp_path / "gone")]) != 0
+        assert distributed.is_initialized()
+        assert main(["env"]) == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def test_primal_dual_from_yaml_and_command_line(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

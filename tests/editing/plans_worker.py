@@ -55,3 +55,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     known = torch.load(Path(sys.argv[1]) / "lab.pt", weights_only=False)
     run(Path(sys.argv[1]), known, Accelerator(cpu=True))
+    torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running

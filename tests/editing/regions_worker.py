@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from test_capture import build, rows
 
 from hf_unlearn.editing.regions.plans import RegionConfig, plan_arr, plan_tsr
@@ -37,3 +38,4 @@ if __name__ == "__main__":
     from accelerate import Accelerator
 
     run(Path(sys.argv[1]), Accelerator(cpu=True))
+    torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running

@@ -114,3 +114,5 @@ if __name__ == "__main__":
             text = traceback.format_exc()
             (Path(sys.argv[1]) / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps({"error": text}))
             raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running

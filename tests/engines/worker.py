@@ -61,3 +61,5 @@ if __name__ == "__main__":
         break_one_rank(folder)
         for engine, rank in FULL:
             save_to_a_full_disk(folder, engine, rank)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running
