@@ -307,8 +307,8 @@ def _solve(
     }
     source = cast(Source, config.source)
     if source == "unembedding" and not config.has_level:
-        by_odds = partial(plan_by_probability, task.run, rows, pairs, retain_weights=weights, **shared)
-        return by_odds(probability=config.probability)[0]
+        shared["retain_weights"] = weights
+        return plan_by_probability(task.run, rows, pairs, probability=config.probability, **shared)[0]
     places = sorted({*pairs.places()[0], *named})  # texts have places and no tokens
     at_level = partial(
         plan_by_level, task.run, rows, task.concepts, places, source=source, soft_margin=config.soft_margin, **shared
