@@ -76,7 +76,7 @@ def results_table(results: Results | Mapping[str, Any], *, headlines: bool = Fal
         table.add_row(Text("Forget quality (p)"), Text(""), Text(quality), Text(""), Text(f"> {INDISTINGUISHABLE}"))
     for constraint in results.constraints:
         table.add_row(
-            Text("Likeliest forbidden token" if edited else f"Loss of {constraint.name}"),
+            Text("Most left to a word" if edited else f"Loss of {constraint.name}"),
             Text(""),
             Text(formats.loss(constraint.loss), style="" if constraint.feasible else "red"),
             Text(""),

@@ -241,7 +241,7 @@ def _feasible(results: Results) -> Check:
     if len(results.constraints) == 1:
         only = results.constraints[0]
         if only.multiplier is None:
-            reason = f"The likeliest forbidden token has {formats.score(only.loss)}; at most "
+            reason = f"Where the edit holds, a word is left at most {formats.score(only.loss)}; at most "
             reason += f"{formats.score(only.eps)} was wanted."
             return Check(name="feasible", question=question, answer="yes", reason=reason)
         reason = f"The retain loss ended at {formats.loss(only.loss)}, its limit eps is {formats.loss(only.eps)}."

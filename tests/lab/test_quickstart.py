@@ -117,6 +117,8 @@ def test_an_edit_writes_the_same_objects_and_draws_no_empty_curves(
     shown = capsys.readouterr().out
     assert "Likeliest word, questions reworded" in shown
     assert "Edited" in shown
+    assert "Most left to a word" in shown
+    assert not constraint["feasible"] or "a word is left at most" in page
     assert "Forget quality" not in shown
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "n tokens of a word, up to 2, have at most the n-th root of that each" in card
